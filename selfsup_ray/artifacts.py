@@ -1,0 +1,269 @@
+"""The run folder: sharded arrays, whole-file writes, and stamps that say what a folder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from selfsup_ray.config import flatten, to_dict
+from selfsup_ray.errors import ArtifactError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block ends without error.
+
+    The file is flushed to disk before the rename, so a file that exists is complete, even after
+    a power cut. Two writers of the same file do not meet: the temporary name holds the process id.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file.
+
+    Raises ArtifactError when the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error}). Run the stage that makes it again."
+        ) from None
+
+
+class ShardedArray:
+    """An (N, …) array in a folder of 00000.npy, 00001.npy …, cut at the corpus's rows.
+
+    `shard_rows[i]` rows are in shard i; a shard file that exists is complete.
+    """
+
+    MANIFEST = "array.json"
+
+    def __init__(self, path: Path, shard_rows: Sequence[int], row_shape: tuple[int, ...], dtype: str):
+        self.path = path
+        self.shard_rows = tuple(shard_rows)
+        self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
+        self.dtype = np.dtype(dtype)
+        self.shape: tuple[int, ...] = (int(self.offsets[-1]), *row_shape)
+
+    @classmethod
+    def create(
+        cls, path: Path, *, shard_rows: Sequence[int], row_shape: tuple[int, ...], dtype: str
+    ) -> ShardedArray:
+        """Return a new array whose shards are still to be written (an existing one is continued)."""
+        array = cls(Path(path), shard_rows, row_shape, dtype)
+        manifest = {"shard_rows": list(array.shard_rows), "row_shape": list(row_shape)}
+        write_json(Path(path) / cls.MANIFEST, manifest | {"dtype": array.dtype.name})
+        return array
+
+    @classmethod
+    def open(cls, path: Path) -> ShardedArray:
+        """Return the array stored in a folder."""
+        manifest = read_json(Path(path) / cls.MANIFEST)
+        shape = tuple(manifest["row_shape"])
+        return cls(Path(path), manifest["shard_rows"], shape, manifest["dtype"])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shard_rows)
+
+    def shard_path(self, i: int) -> Path:
+        """Return the file of shard i."""
+        return self.path / f"{i:05d}.npy"
+
+    def is_written(self, i: int) -> bool:
+        """Return whether shard i is complete."""
+        return self.shard_path(i).exists()
+
+    def write_shard(self, i: int, rows: Array) -> None:
+        """Write shard i whole or not at all."""
+        expected = (self.shard_rows[i], *self.shape[1:])
+        assert rows.shape == expected, f"shard {i} of {self.path}: {rows.shape}, want {expected}"
+        with whole_file(self.shard_path(i)) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.ascontiguousarray(rows, dtype=self.dtype))
+
+    def shard(self, i: int) -> Array:
+        """Return shard i as a read-only memory map.
+
+        Raises ArtifactError when it has not been written.
+        """
+        try:
+            return np.load(self.shard_path(i), mmap_mode="r")  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{self.shard_path(i)} is missing. Run the stage that writes it again."
+            ) from None
+        except ValueError:  # an empty shard cannot be memory-mapped
+            return np.load(self.shard_path(i))  # type: ignore[no-any-return]
+
+    def rows(self, ids: Array) -> Array:
+        """Return the rows of these global ids, in their order, as a new array."""
+        ids = np.asarray(ids, dtype=np.int64)
+        out = np.empty((len(ids), *self.shape[1:]), dtype=self.dtype)
+        owner = np.searchsorted(self.offsets, ids, side="right") - 1
+        for i in np.unique(owner):
+            here = np.flatnonzero(owner == i)
+            out[here] = self.shard(int(i))[ids[here] - self.offsets[i]]
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        whole = np.concatenate([self.shard(i) for i in range(self.num_shards)])
+        return whole if dtype is None else whole.astype(dtype)
+
+
+def fingerprint(config: Any, inputs: Mapping[str, str]) -> str:
+    """Return a hash of what decides a stage's result: its config less `resources`, and its inputs."""
+    text = json.dumps([_deciding(config), dict(sorted(inputs.items()))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _deciding(config: Any) -> dict[str, Any]:
+    values = to_dict(config)
+    return {key: item for key, item in values.items() if key != "resources"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A finished stage's stamp: fingerprint of config and inputs, seconds spent, and facts."""
+
+    stage: str
+    fingerprint: str
+    seconds: float
+    facts: dict[str, Any]
+
+
+def begin(out: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> bool:
+    """Return True when `out` already holds this stage's result; else claim the folder for it.
+
+    inputs: fingerprint of each artifact the stage reads, by name. The resolved config is written
+    to `out/config.yaml` before any work, so that an unfinished folder is protected too.
+    Raises ArtifactError naming the first differing value when the folder was made otherwise.
+    """
+    wanted = {"stage": stage, "config": to_dict(config), "inputs": dict(inputs)}
+    path = out / "config.yaml"
+    if not path.exists():
+        write_text(path, yaml.safe_dump(wanted, sort_keys=False))
+        write_json(out / "versions.json", versions())
+        return False
+    require_same(out, wanted, yaml.safe_load(path.read_text()))
+    return (out / "done.json").exists()
+
+
+def require_same(out: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise ArtifactError unless the folder was made with the stage, config and inputs asked for."""
+    asked, has = flatten(_comparable(wanted)), flatten(_comparable(stored))
+    for key in sorted(asked.keys() | has.keys()):
+        new, old = asked.get(key, "nothing"), has.get(key, "nothing")
+        if new == old:
+            continue
+        if key.startswith("inputs."):
+            what = f"another {key.removeprefix('inputs.')} ({str(old)[:12]}, now {str(new)[:12]})"
+            raise ArtifactError(
+                f"{out} was built from {what}. Choose another `out`, or delete the folder to rebuild it."
+            )
+        name = f"{wanted['stage']}.{key.removeprefix('config.')}"
+        raise ArtifactError(
+            f"{out} was built with {name}={old!r}, but this run asks for {new!r}. "
+            f"Choose another `out`, or delete the folder to rebuild it."
+        )
+
+
+def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
+    config = {k: v for k, v in described["config"].items() if k != "resources"}
+    return {"stage": described["stage"], "config": config, "inputs": described["inputs"]}
+
+
+def finish(
+    out: Path,
+    *,
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, str],
+    seconds: float,
+    facts: Mapping[str, Any] | None = None,
+) -> Done:
+    """Write `out/done.json`, the last file of a stage, and return the stamp."""
+    done = Done(stage, fingerprint(config, inputs), round(seconds, 3), dict(facts or {}))
+    write_json(out / "done.json", dataclasses.asdict(done) | {"time": time.time()})
+    return done
+
+
+def read_done(out: Path) -> Done:
+    """Return the stamp of a finished stage.
+
+    Raises ArtifactError when the stage has not finished.
+    """
+    path = Path(out) / "done.json"
+    if not path.exists():
+        raise ArtifactError(f"{out} holds no finished stage. Run the stage that makes it first.")
+    values = read_json(path)
+    return Done(**{key: values[key] for key in ("stage", "fingerprint", "seconds", "facts")})
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """Return the resolved config a stage folder was made with, as plain values."""
+    path = Path(out) / "config.yaml"
+    if not path.exists():
+        raise ArtifactError(f"{out} is not the folder of a stage: it has no config.yaml.")
+    return dict(yaml.safe_load(path.read_text())["config"])
+
+
+def require_disk(path: Path, *, size_bytes: int) -> None:
+    """Raise ArtifactError unless the disk that holds `path` has room for `size_bytes`."""
+    folder = next(p for p in [path, *path.resolve().parents] if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size_bytes:
+        raise ArtifactError(
+            f"{path} needs about {size_bytes / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB "
+            f"free. Free some space, or choose another `out`."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    packages = ("selfsup-ray", "torch", "torchvision", "numpy", "ray", "faiss-gpu", "faiss-cpu")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:  # importlib's PackageNotFoundError: not installed here
+            continue
+    return found

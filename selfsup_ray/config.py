@@ -1,0 +1,238 @@
+"""Typed configs: the `config` decorator, load, override, and errors that name the dotted key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from selfsup_ray.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+C = TypeVar("C")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def config(cls: type[C]) -> type[C]:
+    """Turn a class into a frozen, keyword-only, validated config that forbids unknown keys.
+
+    A bad value raises ConfigError naming the dotted key, however the config is made. Rules about
+    two fields go in `__post_init__` and raise ValueError naming both.
+    """
+    rules = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    made = pydantic_dataclass(frozen=True, kw_only=True, config=rules)(cls)
+    plain_init = made.__init__
+
+    @functools.wraps(plain_init)
+    def checked_init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            plain_init(self, *args, **values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls=made, prefix="")) from None
+
+    made.__init__ = checked_init  # type: ignore[method-assign]
+    return made
+
+
+@config
+class Resources:
+    """What a stage asks of the cluster; never changes a result, so not part of its fingerprint."""
+
+    workers: NonNegative = 1
+    """Worker processes. Trained stages: 0 runs the loop in this process, without Ray Train."""
+    cpus: Annotated[float, Field(gt=0)] = 1
+    """CPUs of each worker."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each worker."""
+
+
+def build(cls: type[C], values: Mapping[str, Any], *, prefix: str = "") -> C:
+    """Return a validated `cls` made from nested plain values.
+
+    Raises ConfigError with the dotted key below `prefix`, the value, and what is allowed.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls=cls, prefix=prefix)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, read with the safe loader.
+
+    Raises ConfigError when the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the path of a YAML file.")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got {type(values).__name__}.")
+    return values
+
+
+def load(cls: type[C], path: Path, changes: Mapping[str, Any] | None = None) -> C:
+    """Return the config in a YAML file with dotted-key changes applied on top."""
+    return build(cls, changed(read_yaml(path), changes or {}))
+
+
+def to_dict(value: Any) -> Any:
+    """Return a config as nested plain values that YAML and JSON can hold and `build` reads back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def override(value: C, changes: Mapping[str, Any]) -> C:
+    """Return a new validated config with dotted keys changed, e.g. {"pretext.optim.lr": 0.1}."""
+    return build(type(value), changed(to_dict(value), changes))
+
+
+def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with dotted keys replaced; a new variant `name` drops the old's keys."""
+    result: dict[str, Any] = {key: item for key, item in values.items()}
+    # Names first: choosing another variant must not discard a key given for that variant.
+    for dotted in sorted(changes, key=lambda key: not key.endswith(".name")):
+        _set(result, dotted.split("."), changes[dotted])
+    return result
+
+
+def _set(values: dict[str, Any], keys: list[str], item: Any) -> None:
+    head, *rest = keys
+    if not rest:
+        if head == "name" and values.get("name", item) != item:
+            values.clear()
+        values[head] = item
+        return
+    below = values.get(head)
+    values[head] = dict(below) if isinstance(below, Mapping) else {}
+    _set(values[head], rest, item)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values as one level of dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, item in values.items():
+        if isinstance(item, Mapping) and item:
+            flat |= flatten(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def explain(error: ValidationError, *, cls: type, prefix: str) -> str:
+    """Return the first problem of a pydantic error as one sentence with its dotted key."""
+    problem = error.errors()[0]
+    loc = [str(part) for part in problem["loc"]]
+    key = ".".join(filter(None, [prefix, *_written(cls, loc)]))
+    match problem["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            allowed = sorted(_names_at(cls, loc[:-1]))
+            near = difflib.get_close_matches(loc[-1], allowed, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            return f"Unknown key `{key}`: {hint}Allowed here: {', '.join(allowed)}."
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"`{key}` is required and has no default. Set it in the YAML file or as {key}=…."
+    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    shown = "" if isinstance(problem["input"], Mapping) else f" Got {problem['input']!r}."
+    return f"`{key}`: {message}.{shown}" if key else f"{message}.{shown}"
+
+
+def _configs_in(annotation: Any) -> Iterator[type]:
+    """Yield the config classes an annotation may hold, through unions, Annotated and containers."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        yield annotation
+    for part in typing.get_args(annotation):
+        if isinstance(part, type) or typing.get_origin(part) is not None:
+            yield from _configs_in(part)
+
+
+def _walk(cls: type, loc: list[str]) -> Iterator[tuple[str, list[type], bool]]:
+    """Yield (part, configs below it, whether the part is a union tag) along an error's location."""
+    here: list[type] = [cls]
+    for part in loc:
+        tagged = [c for c in here if part in _tags(c)]
+        named = [f for c in here for f in _hints(c).items() if f[0] == part]
+        if tagged and not named:
+            here = tagged
+            yield part, here, True
+            continue
+        here = [c for _, hint in named for c in _configs_in(hint)]
+        yield part, here, False
+
+
+def _written(cls: type, loc: list[str]) -> list[str]:
+    """Drop union tags from an error's location: the user never wrote them."""
+    return [part for part, _, is_tag in _walk(cls, loc) if not is_tag]
+
+
+def _names_at(cls: type, loc: list[str]) -> set[str]:
+    here = [cls]
+    for _, here, _ in _walk(cls, loc):  # noqa: B007  the last one is wanted
+        pass
+    return {f.name for c in here for f in dataclasses.fields(c)}
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def _tags(cls: type) -> frozenset[str]:
+    hint = _hints(cls).get("name")
+    if typing.get_origin(hint) is not typing.Literal:
+        return frozenset()
+    return frozenset(str(value) for value in typing.get_args(hint))
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return (dotted key, value) of a command line's `key=value`; the value is read as YAML.
+
+    Raises ConfigError when there is no `=`.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"`{text}` is not of the form key=value, e.g. pretext.epochs=10.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+__all__ = [
+    "NonNegative",
+    "NonNegativeFloat",
+    "Positive",
+    "PositiveFloat",
+    "Resources",
+    "Share",
+    "build",
+    "changed",
+    "config",
+    "flatten",
+    "load",
+    "override",
+    "parse_assignment",
+    "read_yaml",
+    "to_dict",
+]
