@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -74,7 +74,9 @@ class ShardedArray:
 
     MANIFEST = "array.json"
 
-    def __init__(self, path: Path, shard_rows: Sequence[int], row_shape: tuple[int, ...], dtype: str):
+    def __init__(
+        self, path: Path, shard_rows: Sequence[int], row_shape: tuple[int, ...], dtype: str
+    ):
         self.path = path
         self.shard_rows = tuple(shard_rows)
         self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
@@ -85,7 +87,7 @@ class ShardedArray:
     def create(
         cls, path: Path, *, shard_rows: Sequence[int], row_shape: tuple[int, ...], dtype: str
     ) -> ShardedArray:
-        """Return a new array whose shards are still to be written (an existing one is continued)."""
+        """Return an array whose shards are still to be written; an existing one is continued."""
         array = cls(Path(path), shard_rows, row_shape, dtype)
         manifest = {"shard_rows": list(array.shard_rows), "row_shape": list(row_shape)}
         write_json(Path(path) / cls.MANIFEST, manifest | {"dtype": array.dtype.name})
@@ -137,6 +139,10 @@ class ShardedArray:
     def rows(self, ids: Array) -> Array:
         """Return the rows of these global ids, in their order, as a new array."""
         ids = np.asarray(ids, dtype=np.int64)
+        inside = len(ids) == 0 or (ids.min() >= 0 and ids.max() < len(self))
+        assert inside, (
+            f"{self.path}: ids must lie in [0, {len(self)}), got {ids.min()}..{ids.max()}"
+        )
         out = np.empty((len(ids), *self.shape[1:]), dtype=self.dtype)
         owner = np.searchsorted(self.offsets, ids, side="right") - 1
         for i in np.unique(owner):
@@ -150,7 +156,7 @@ class ShardedArray:
 
 
 def fingerprint(config: Any, inputs: Mapping[str, str]) -> str:
-    """Return a hash of what decides a stage's result: its config less `resources`, and its inputs."""
+    """Return a hash of what decides a result: the config less `resources`, and the inputs."""
     text = json.dumps([_deciding(config), dict(sorted(inputs.items()))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -187,8 +193,30 @@ def begin(out: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> b
     return (out / "done.json").exists()
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a stage's folder is, and the fingerprints of the inputs it was begun with."""
+
+    state: Literal["absent", "unfinished", "finished"]
+    inputs: dict[str, str]
+
+
+def progress(out: Path, *, stage: str, config: Any) -> Progress:
+    """Return how far `out` is, without touching it: what `begin` would find, for planning.
+
+    Raises ArtifactError naming both values when the folder was made with another config.
+    """
+    path = out / "config.yaml"
+    if not path.exists():
+        return Progress("absent", {})
+    stored = yaml.safe_load(path.read_text())
+    wanted = {"stage": stage, "config": to_dict(config), "inputs": stored["inputs"]}
+    require_same(out, wanted, stored)
+    return Progress("finished" if (out / "done.json").exists() else "unfinished", stored["inputs"])
+
+
 def require_same(out: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Raise ArtifactError unless the folder was made with the stage, config and inputs asked for."""
+    """Raise ArtifactError unless the folder was made with this stage, config and inputs."""
     asked, has = flatten(_comparable(wanted)), flatten(_comparable(stored))
     for key in sorted(asked.keys() | has.keys()):
         new, old = asked.get(key, "nothing"), has.get(key, "nothing")
@@ -197,7 +225,8 @@ def require_same(out: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]
         if key.startswith("inputs."):
             what = f"another {key.removeprefix('inputs.')} ({str(old)[:12]}, now {str(new)[:12]})"
             raise ArtifactError(
-                f"{out} was built from {what}. Choose another `out`, or delete the folder to rebuild it."
+                f"{out} was built from {what}. "
+                f"Choose another `out`, or delete the folder to rebuild it."
             )
         name = f"{wanted['stage']}.{key.removeprefix('config.')}"
         raise ArtifactError(

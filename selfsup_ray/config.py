@@ -5,22 +5,34 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from selfsup_ray.errors import ConfigError
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _not_bool(value: Any) -> Any:
+    # YAML reads `yes` and `on` as true, which Python would count as 1.
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted here, not true or false")
+    return value
+
+
+_Int = Annotated[int, BeforeValidator(_not_bool)]
+_Float = Annotated[float, BeforeValidator(_not_bool)]
+
+Positive = Annotated[_Int, Field(gt=0)]
+NonNegative = Annotated[_Int, Field(ge=0)]
+PositiveFloat = Annotated[_Float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[_Float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[_Float, Field(ge=0, le=1)]
 
 C = TypeVar("C")
 
@@ -44,7 +56,7 @@ def config(cls: type[C]) -> type[C]:
             raise ConfigError(explain(error, cls=made, prefix="")) from None
 
     made.__init__ = checked_init  # type: ignore[method-assign]
-    return made
+    return cast("type[C]", made)
 
 
 @config
@@ -53,9 +65,9 @@ class Resources:
 
     workers: NonNegative = 1
     """Worker processes. Trained stages: 0 runs the loop in this process, without Ray Train."""
-    cpus: Annotated[float, Field(gt=0)] = 1
+    cpus: PositiveFloat = 1
     """CPUs of each worker."""
-    gpus: Annotated[float, Field(ge=0)] = 0
+    gpus: NonNegativeFloat = 0
     """GPUs of each worker."""
 
 
@@ -70,15 +82,39 @@ def build(cls: type[C], values: Mapping[str, Any], *, prefix: str = "") -> C:
         raise ConfigError(explain(error, cls=cls, prefix=prefix)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key given twice and reads 1e-3 as the number it is."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node; a key given twice is an error, not the last one wins."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1, which PyYAML follows, wants a dot and a sign in the exponent: 1.0e-3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, read with the safe loader.
 
     Raises ConfigError when the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), Loader=_Loader)
     except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror}. Give the path of a YAML file.")
+        raise ConfigError(
+            f"Cannot read {path}: {error.strerror}. Give the path of a YAML file."
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
@@ -88,7 +124,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def load(cls: type[C], path: Path, changes: Mapping[str, Any] | None = None) -> C:
     """Return the config in a YAML file with dotted-key changes applied on top."""
-    return build(cls, changed(read_yaml(path), changes or {}))
+    values = read_yaml(path)
+    try:
+        return build(cls, changed(values, changes or {}))
+    except ConfigError as error:
+        # A change from the command line is the caller's, not the file's.
+        own = not changes or not _is_valid(cls, values)
+        raise ConfigError(f"{path}: {error}" if own else str(error)) from None
+
+
+def _is_valid(cls: type[Any], values: Mapping[str, Any]) -> bool:
+    try:
+        build(cls, values)
+    except ConfigError:
+        return False
+    return True
 
 
 def to_dict(value: Any) -> Any:
@@ -152,9 +202,23 @@ def explain(error: ValidationError, *, cls: type, prefix: str) -> str:
             return f"Unknown key `{key}`: {hint}Allowed here: {', '.join(allowed)}."
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"`{key}` is required and has no default. Set it in the YAML file or as {key}=…."
+        case "union_tag_not_found" | "union_tag_invalid":
+            return _explain_variant(problem, f"{key}.name" if key else "name")
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    shown = "" if isinstance(problem["input"], Mapping) else f" Got {problem['input']!r}."
+    plain = isinstance(problem["input"], str | int | float | list | tuple | None)
+    shown = f" Got {problem['input']!r}." if plain else ""
     return f"`{key}`: {message}.{shown}" if key else f"{message}.{shown}"
+
+
+def _explain_variant(problem: Any, key: str) -> str:
+    """Return the sentence for a tagged union whose `name` is missing or unknown."""
+    context = problem["ctx"]
+    if "tag" not in context:
+        return f"`{key}` is required: it chooses the variant. Add it to {problem['input']!r}."
+    allowed = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    near = difflib.get_close_matches(context["tag"], allowed, n=1, cutoff=0.5)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"`{key}`: {context['tag']!r} is not one of {', '.join(allowed)}.{hint}"
 
 
 def _configs_in(annotation: Any) -> Iterator[type]:
@@ -214,7 +278,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise ConfigError(f"`{text}` is not of the form key=value, e.g. pretext.epochs=10.")
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
         return key, value
 
