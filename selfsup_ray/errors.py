@@ -15,3 +15,7 @@ class ArtifactError(UserError):
 
 class ResourceError(UserError):
     """More CPUs, GPUs, memory or disk were asked for than there are; names both amounts."""
+
+
+class TrainingError(UserError):
+    """A training diverged; names the step, the learning rate and the last finite loss."""
