@@ -67,12 +67,14 @@ def gather(x: Tensor) -> Tensor:
     gradients over ranks, the mean over ranks of each rank's mean loss then has the gradient of
     the global mean loss.
     """
-    return _Gather.apply(x) if world_size() > 1 else x  # type: ignore[no-untyped-call, no-any-return]
+    rows: Tensor = _Gather.apply(x) if world_size() > 1 else x
+    return rows
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Return the sum of x over all ranks, with gradient; every rank must call it."""
-    return _AllSum.apply(x) if world_size() > 1 else x  # type: ignore[no-untyped-call, no-any-return]
+    total: Tensor = _AllSum.apply(x) if world_size() > 1 else x
+    return total
 
 
 def broadcast(x: Tensor) -> Tensor:

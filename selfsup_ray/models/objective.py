@@ -1,0 +1,75 @@
+"""Objective: the one base class of everything that is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from selfsup_ray.models.norm import share_running_statistics
+
+if TYPE_CHECKING:
+    from selfsup_ray.data.datasets import Dataset
+    from selfsup_ray.models.backbones import Backbone
+
+Metrics = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """A trained method: networks, loss and the state that goes with them (queue, bank, EMA).
+
+    Everything a resumed run needs is a parameter or a buffer. Buffers are equal on all ranks after
+    every `after_step`; DDP is therefore made with broadcast_buffers=False. The mean over ranks of
+    the loss, and of every metric, is the value of the global batch.
+    """
+
+    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the loss (scalar, nats) and detached scalar metrics of this rank's images.
+
+        views: float images (n, 3, s, s), one tensor per view; ids: (n,) int64, the images' ids.
+        """
+        raise AssertionError(f"{type(self).__name__} does not say how to compute its loss")
+
+    def encoder(self) -> Backbone:
+        """Return the backbone that is kept when training ends."""
+        raise AssertionError(f"{type(self).__name__} does not say which backbone to keep")
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters that the optimizer gets, with their names."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def should_step(self) -> bool:
+        """Return whether the forwards since the last step gave anything to learn from.
+
+        When not, `fit` leaves out the optimizer's step but still calls `after_step`. The answer
+        is the same on every rank.
+        """
+        return True
+
+    def after_step(self, progress: float) -> None:
+        """Update what follows the optimizer's step; progress in [0, 1]. Every rank calls it."""
+        share_running_statistics(self)
+
+    def before_epoch(self, epoch: int, dataset: Dataset) -> None:
+        """Prepare an epoch; called on every rank, also when training resumes inside the epoch."""
+
+
+@contextmanager
+def full_precision(x: Tensor) -> Iterator[None]:
+    """Switch autocast off on x's device: similarities divided by a temperature need float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def embedding_std(z: Tensor) -> Tensor:
+    """Return the spread of unit rows z (n, d): 1 when spread evenly over the sphere, 0 collapsed.
+
+    It is the mean over dimensions of the standard deviation over rows, times sqrt(d)
+    (Chen and He 2021, section 4.1).
+    """
+    spread = z.detach().float().std(dim=0, correction=0).mean()
+    return spread * math.sqrt(z.shape[1])
