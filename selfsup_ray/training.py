@@ -1,0 +1,376 @@
+"""fit: the only epoch loop in the project, with exact resume, on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from selfsup_ray.collectives import all_sum, rank, world_size
+from selfsup_ray.config import NonNegative, Positive, Resources, config
+from selfsup_ray.errors import ConfigError, TrainingError
+from selfsup_ray.ops.rng import permuted
+from selfsup_ray.optim import (
+    CosineSchedule,
+    OptimConfig,
+    ScheduleConfig,
+    SGDConfig,
+    build_optimizer,
+    lr_ratio,
+    peak_lr,
+    set_lr,
+)
+
+if TYPE_CHECKING:
+    from selfsup_ray.data.datasets import Dataset
+    from selfsup_ray.models.objective import Objective
+
+log = logging.getLogger(__name__)
+
+MakeViews = Callable[[list[Tensor], Tensor, int], list[Tensor]]
+"""(uint8 image batches (B, 3, S, S), ids (B,), epoch) -> normalised float views, same device."""
+
+Feed = Generator[tuple[list[Tensor], Tensor], None, None]
+"""(image batches, ids) of one part of a step after the other; ids (B,) int64."""
+
+Record = dict[str, float]
+"""One line of the history: step, epoch, loss, lr, images_per_s, data_wait_share, metrics."""
+
+
+class State(TypedDict):
+    """All a training is: saved with torch.save, loaded with weights_only=True."""
+
+    objective: dict[str, Any]
+    optimizer: dict[str, Any]
+    step: int
+    """Optimizer steps finished."""
+    history: list[Record]
+
+
+@config
+class TrainConfig:
+    """How an objective is trained; stage configs inherit it."""
+
+    epochs: Positive
+    batch_size: Positive = 256
+    """Images per optimizer step over all workers; what is left of an epoch is dropped."""
+    accumulate: Positive = 1
+    """Parts a batch is cut into, one forward and backward each: less memory, same batch_size.
+    Equal to one part only for losses that are means over images (no batch norm, no negatives)."""
+    optim: OptimConfig = SGDConfig()
+    schedule: ScheduleConfig = CosineSchedule()
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16 is autocast: weights, losses and optimizer stay float32. It never changes by itself
+    with the hardware: on a CPU without bfloat16 instructions it is slow, and a warning says so."""
+    channels_last: bool = True
+    """Memory order of images and convolutions; never slower on the CPUs and GPUs measured."""
+    compile: bool = False
+    """torch.compile the objective: a minute or more to start, then faster steps."""
+    log_every: Positive = 20
+    """Steps between two records; each record holds the means since the last."""
+    checkpoint_every: Positive = 200
+    """Steps between two checkpoints."""
+    max_failures: NonNegative = 3
+    """Lost workers to recover from before the training is given up."""
+    seed: NonNegative = 0
+    resources: Resources = Resources()
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a worker needs to train: it travels by pickle, so `build` is a partial of a function."""
+
+    build: Callable[[], tuple[Objective, Dataset, MakeViews]]
+    config: TrainConfig
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def built(self) -> tuple[Objective, Dataset, MakeViews]:
+        """Return objective, dataset and views with weights drawn from config.seed.
+
+        Every rank and every restart gets the same weights; torch's generator is left as it was.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return self.build()
+
+
+def ignore(_: Any) -> None:
+    """Do nothing with what is reported."""
+
+
+def fit(
+    objective: Objective,
+    dataset: Dataset,
+    make_views: MakeViews,
+    config: TrainConfig,
+    *,
+    device: str | torch.device,
+    state: State | None = None,
+    on_checkpoint: Callable[[State], None] = ignore,
+    on_log: Callable[[Record], None] = ignore,
+) -> State:
+    """Train an objective to its last epoch, from `state` if there is one, and return the state.
+
+    Every rank of the process group calls it alike. The result depends on seed and config, on the
+    number of ranks only by rounding, and not on where a run was stopped: the order of the images
+    is a function of (seed, epoch), the views of (seed, epoch, id), the rest is in the state.
+    on_checkpoint and on_log are called on every rank; a state is live, so save it at once.
+    Raises ConfigError for a batch that cannot be cut, TrainingError when the loss is not finite.
+    """
+    device = torch.device(device)
+    batches = Batches(dataset, config, pin=device.type == "cuda")
+    objective.to(device, memory_format=memory_format(config)).train()  # type: ignore[call-overload]
+    optimizer = build_optimizer(config.optim, objective.trainable())
+    step, history = restore(objective, optimizer, state)
+    model = on_all_ranks(objective, config, device)
+    meter = Meter(config, step, history)
+    feed = batches.read_ahead(step)
+    say_path(config, device)
+
+    def now() -> State:
+        weights, moments = objective.state_dict(), optimizer.state_dict()
+        return {"objective": weights, "optimizer": moments, "step": step, "history": history}
+
+    with closing(feed), own_generator(device):
+        while step < batches.total_steps:
+            epoch, progress = step // batches.steps_per_epoch, step / batches.total_steps
+            if step % batches.steps_per_epoch == 0:
+                objective.before_epoch(epoch, dataset)  # SeLa relabels here
+            lr = peak_lr(config.optim, batch_size=config.batch_size)
+            lr *= lr_ratio(config.schedule, progress=progress, epochs=config.epochs)
+            set_lr(optimizer, lr)
+            seed_step(config.seed, step)
+            optimizer.zero_grad(set_to_none=True)
+            for part in range(config.accumulate):
+                with meter.waiting():
+                    images, ids = next(feed)  # (B / accumulate / ranks, 3, S, S), uint8
+                ids = ids.to(device, non_blocking=True)
+                views = make_views(
+                    [x.to(device, non_blocking=True) for x in images], ids, epoch
+                )  # each (B / accumulate / ranks, 3, s, s), float32
+                views = [in_order(view, config) for view in views]
+                with gradients_stay(model, part + 1 < config.accumulate):
+                    with autocast(config, device):
+                        loss, metrics = model(views, ids)
+                    (loss / config.accumulate).backward()
+                meter.add(loss, metrics)
+            optimizer.step()
+            objective.after_step(progress)  # EMA, queue, memory bank
+            step += 1
+            last = step == batches.total_steps
+            checkpoint = last or step % config.checkpoint_every == 0
+            # A checkpoint closes the record: a state then never holds half a mean, nor a NaN.
+            if checkpoint or step % config.log_every == 0:
+                history.append(meter.record(step, lr, batches))
+                on_log(history[-1])
+            if checkpoint:
+                on_checkpoint(now())
+    return now()
+
+
+class Batches:
+    """Which images this rank reads at which step, read one batch ahead by a thread."""
+
+    def __init__(self, dataset: Dataset, config: TrainConfig, *, pin: bool) -> None:
+        parts = config.accumulate * world_size()
+        if config.batch_size % parts:
+            raise ConfigError(
+                f"batch_size={config.batch_size} cannot be cut into accumulate={config.accumulate} "
+                f"x {world_size()} workers equal parts. Make it a multiple of {parts}."
+            )
+        if len(dataset) < config.batch_size:
+            raise ConfigError(
+                f"batch_size={config.batch_size} is more than the {len(dataset)} images there are. "
+                f"Choose a batch_size of at most {len(dataset)}."
+            )
+        self.dataset, self.config, self.pin = dataset, config, pin
+        self.rows = config.batch_size // parts
+        self.steps_per_epoch = len(dataset) // config.batch_size
+        self.total_steps = self.steps_per_epoch * config.epochs
+
+    def ids(self, step: int, part: int) -> np.ndarray:
+        """Return the image ids of one part of one step on this rank.
+
+        The global batch of step s is rows [s * B, (s + 1) * B) of the epoch's order; part p of it
+        is a contiguous piece, and each rank has a contiguous piece of that.
+        """
+        epoch, row = divmod(step, self.steps_per_epoch)
+        first = row * self.config.batch_size + (part * world_size() + rank()) * self.rows
+        positions = np.arange(first, first + self.rows)
+        return permuted(positions, n=len(self.dataset), seed=self.config.seed, epoch=epoch)
+
+    def read(self, number: int) -> tuple[list[Tensor], Tensor]:
+        """Return (image batches, ids) of part `number` of the training, counted from its start."""
+        step, part = divmod(number, self.config.accumulate)
+        ids = self.ids(step, part)
+        images = self.dataset.batch(ids, epoch=step // self.steps_per_epoch)
+        tensors = [*images, torch.from_numpy(ids)]
+        *images, id_tensor = [x.pin_memory() for x in tensors] if self.pin else tensors
+        return images, id_tensor
+
+    def read_ahead(self, start: int, *, depth: int = 3) -> Feed:
+        """Yield the batches from step `start` on; a thread keeps `depth` of them ready."""
+        per_step = self.config.accumulate
+        numbers = iter(range(start * per_step, self.total_steps * per_step))
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            ahead = deque(pool.submit(self.read, i) for i in islice(numbers, depth))
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(self.read, i) for i in islice(numbers, 1))
+                yield batch
+
+
+class Meter:
+    """Losses and metrics since the last record, kept on the device until it is made."""
+
+    def __init__(self, config: TrainConfig, step: int, history: Sequence[Record]) -> None:
+        self.config = config
+        self.last_finite = history[-1]["loss"] if history else None
+        self.names: list[str] = []
+        self._restart(step)
+
+    def _restart(self, step: int) -> None:
+        self.first_step, self.rows = step, list[Tensor]()
+        self.waited, self.began = 0.0, time.perf_counter()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Return a block whose time counts as waiting for data."""
+        return _Stopwatch(self)
+
+    def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Note loss and metrics (one number each) of one part of a step."""
+        self.names = ["loss", *sorted(metrics)]
+        values = [loss, *(metrics[name] for name in self.names[1:])]
+        self.rows.append(torch.stack([value.detach().float() for value in values]))
+
+    def record(self, step: int, lr: float, batches: Batches) -> Record:
+        """Return the means over steps and ranks since the last record, and start anew.
+
+        Every rank must call it. Raises TrainingError at the first loss that is not finite.
+        """
+        table = all_sum(torch.stack(self.rows)) / world_size()  # (steps * parts, 1 + metrics)
+        table = table.double().cpu().view(step - self.first_step, self.config.accumulate, -1)
+        self._require_finite(table[:, :, 0].mean(dim=1), lr)
+        seconds = time.perf_counter() - self.began
+        images = (step - self.first_step) * self.config.batch_size
+        record = {
+            "step": step,
+            "epoch": step / batches.steps_per_epoch,
+            "lr": lr,
+            "images_per_s": images / seconds,
+            "data_wait_share": self.waited / seconds,
+            **dict(zip(self.names, table.mean(dim=(0, 1)).tolist(), strict=True)),
+        }
+        self._restart(step)
+        return record
+
+    def _require_finite(self, losses: Tensor, lr: float) -> None:
+        for i, loss in enumerate(losses.tolist()):
+            if not np.isfinite(loss):
+                before = "none" if self.last_finite is None else f"{self.last_finite:.6g}"
+                raise TrainingError(
+                    f"The loss became {loss} at step {self.first_step + i + 1} with lr {lr:.4g}; "
+                    f"the last finite loss was {before}. Lower optim.lr, lengthen the warm-up, or "
+                    f"set precision=float32; the last checkpoint is from before this step."
+                )
+            self.last_finite = loss
+
+
+class _Stopwatch:
+    """Adds the time of its block to meter.waited."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.waited += time.perf_counter() - self.began
+
+
+def restore(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, state: State | None
+) -> tuple[int, list[Record]]:
+    """Load a state into objective and optimizer; return the steps done and the history so far."""
+    if state is None:
+        return 0, []
+    objective.load_state_dict(state["objective"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], list(state["history"])
+
+
+def on_all_ranks(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Return the objective as it is called: compiled if asked, its gradients averaged over ranks.
+
+    Buffers are not broadcast: queues and banks are equal on all ranks by construction.
+    """
+    if config.compile:
+        objective.compile()
+    if world_size() == 1:
+        return objective
+    ids = None if device.type == "cpu" else [device]
+    return DistributedDataParallel(
+        objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def gradients_stay(model: nn.Module, more: bool) -> AbstractContextManager[None]:
+    """Return a block in which gradients are not yet averaged, if `more` parts are to come."""
+    if more and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Return the block in which matrix products and convolutions run in config.precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def memory_format(config: TrainConfig) -> torch.memory_format:
+    """Return the memory order of images and weights."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def in_order(view: Tensor, config: TrainConfig) -> Tensor:
+    """Return an image batch in the configured memory order; other tensors as they are."""
+    return view.contiguous(memory_format=memory_format(config)) if view.ndim == 4 else view
+
+
+def own_generator(device: torch.device) -> AbstractContextManager[None]:
+    """Return a block after which torch's generators are as they were before it."""
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make dropout, and all else that draws from torch's generator, a function of the step."""
+    torch.manual_seed((seed << 40) ^ (step << 12) ^ rank())
+
+
+def say_path(config: TrainConfig, device: torch.device) -> None:
+    """Log what this training runs on, and warn when bfloat16 has no instructions here."""
+    order = "channels_last" if config.channels_last else "channels_first"
+    place = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    log.info("training on %s, %d ranks, %s, %s", place, world_size(), config.precision, order)
+    if config.precision == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        log.warning(
+            "This CPU has no bfloat16 instructions: training is correct but slow. "
+            "precision=float32 is faster here and gives slightly different numbers."
+        )
+
+
+def has_bfloat16() -> bool:
+    """Return whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX; ARM BF16)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
