@@ -1,0 +1,291 @@
+"""Corpus: memory-mapped Arrow shards of square images, read at random by image id."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from selfsup_ray.artifacts import Array, read_done, read_json, whole_file, write_json
+from selfsup_ray.errors import ArtifactError
+
+Encoding = Literal["raw", "jpeg", "png"]
+
+# Large offsets: 2,048 raw images of 1,024 px pass the 2 GiB that 32-bit offsets can address.
+SCHEMA = pa.schema(
+    [
+        ("image", pa.large_binary()),
+        ("label", pa.int64()),
+        ("source", pa.string()),
+        ("digest", pa.binary(16)),
+    ]
+)
+MAX_OPEN_SHARDS = 16_384  # Linux allows about 65,000 memory maps per process
+
+
+def digest(data: bytes) -> bytes:
+    """Return the 16-byte BLAKE2b digest of a file's own bytes: equal digests are duplicates."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def shard_path(corpus: Path, i: int) -> Path:
+    """Return the file of shard i."""
+    return corpus / "shards" / f"{i:05d}.arrow"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one shard before they are written.
+
+    images: (n, S, S, 3) uint8 for encoding `raw`, else n encoded files; labels: -1 is unknown;
+    digests: (n, 16) uint8.
+    """
+
+    images: Array | Sequence[bytes]
+    labels: Array
+    sources: Sequence[str]
+    digests: Array
+
+
+def write_shard(corpus: Path, i: int, rows: Rows, facts: Mapping[str, str]) -> None:
+    """Write shard i whole or not at all; facts travel in the file's schema metadata."""
+    columns = [
+        _binary_column(rows.images),
+        pa.array(rows.labels, pa.int64()),
+        pa.array(list(rows.sources), pa.string()),
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16),
+            len(rows.labels),
+            [None, pa.py_buffer(np.ascontiguousarray(rows.digests))],
+        ),
+    ]
+    schema = SCHEMA.with_metadata(dict(facts))
+    with whole_file(shard_path(corpus, i)) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _binary_column(images: Array | Sequence[bytes]) -> pa.Array:
+    if not isinstance(images, np.ndarray):
+        return pa.array(list(images), pa.large_binary())
+    row_bytes = int(np.prod(images.shape[1:], dtype=np.int64))
+    offsets = np.arange(len(images) + 1, dtype=np.int64) * row_bytes
+    # From the buffer itself: one copy of a shard in memory, not two.
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(images))]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)
+
+
+def read_facts(corpus: Path, i: int) -> dict[str, str]:
+    """Return the facts `write_shard` stored with shard i."""
+    with pa.memory_map(str(shard_path(corpus, i))) as file:
+        metadata = pa.ipc.open_file(file).schema.metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def write_manifest(
+    corpus: Path,
+    *,
+    shard_rows: Sequence[int],
+    image_size: int,
+    encoding: Encoding,
+    class_names: Sequence[str] | None,
+    num_labelled: int,
+    content: str,
+    counts: Mapping[str, Any],
+) -> None:
+    """Write corpus.json: what the shards hold. content: hash over all digests and labels."""
+    manifest = {
+        "shard_rows": list(shard_rows),
+        "image_size": image_size,
+        "encoding": encoding,
+        "class_names": None if class_names is None else list(class_names),
+        "num_labelled": num_labelled,
+        "content": content,
+        "counts": dict(counts),
+    }
+    write_json(corpus / "corpus.json", manifest)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One memory-mapped shard; pixels is (n, S, S, 3) when the images are stored raw."""
+
+    batch: pa.RecordBatch
+    pixels: Array | None
+    labels: Array
+
+
+class Corpus:
+    """Square uint8 RGB images with ids 0..N-1, their labels and where they came from.
+
+    A handle on a finished ingest folder. Opening reads a small manifest; an image costs a page
+    fault. Pickles as its path; safe to read from several threads.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any], *, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.image_size: int = manifest["image_size"]
+        self.encoding: Encoding = manifest["encoding"]
+        self.shard_rows: tuple[int, ...] = tuple(manifest["shard_rows"])
+        self.offsets: Array = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
+        self.class_names: list[str] | None = manifest["class_names"]
+        self.num_labelled: int = manifest["num_labelled"]
+        self.counts: dict[str, Any] = manifest["counts"]
+        self._shards: dict[int, _Shard] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Corpus:
+        """Return the corpus in a finished ingest folder.
+
+        Raises ArtifactError when ingest has not finished there.
+        """
+        path = Path(path)
+        done = read_done(path)
+        manifest = read_json(path / "corpus.json")
+        content = hashlib.sha256(f"{done.fingerprint} {manifest['content']}".encode())
+        return cls(path, manifest, fingerprint=content.hexdigest())
+
+    def __reduce__(self) -> tuple[Callable[[Path], Corpus], tuple[Path]]:
+        return Corpus.open, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shard files; every later array is cut at the same rows."""
+        return len(self.shard_rows)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether at least one image has a label."""
+        return self.num_labelled > 0
+
+    def images(self, ids: Array | Tensor) -> Tensor:
+        """Return the images of these ids in their order: (n, 3, S, S) uint8, channels last."""
+        ids = self._checked(ids)
+        out = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
+        for shard, rows, local in self._by_shard(ids):
+            self._read(shard, local, out, rows)
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def shard_images(self, i: int, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of shard i: (n, 3, S, S) uint8, channels last."""
+        first = int(self.offsets[i])
+        stop = min(stop, self.shard_rows[i])
+        return self.images(np.arange(first + start, first + max(start, stop), dtype=np.int64))
+
+    def labels(self, ids: Array | Tensor | None = None) -> Array:
+        """Return the labels of these ids, of all images by default: (n,) int64, -1 is unknown."""
+        if ids is None:
+            return np.concatenate([self._shard(i).labels for i in range(self.num_shards)])
+        ids = self._checked(ids)
+        out = np.empty(len(ids), np.int64)
+        for shard, rows, local in self._by_shard(ids):
+            out[rows] = self._shard(shard).labels[local]
+        return out
+
+    def sources(self, ids: Array | Tensor) -> list[str]:
+        """Return where each image came from: a path, or archive/member."""
+        ids = self._checked(ids)
+        out = [""] * len(ids)
+        for shard, rows, local in self._by_shard(ids):
+            column = self._shard(shard).batch.column("source")
+            for row, at in zip(rows.tolist(), local.tolist(), strict=True):
+                out[row] = column[at].as_py()
+        return out
+
+    def encoded(self, id: int) -> bytes:
+        """Return the stored bytes of one image: JPEG, PNG, or S*S*3 raw values (rows, RGB)."""
+        shard, _, local = next(self._by_shard(self._checked(np.array([id]))))
+        return bytes(self._shard(shard).batch.column("image")[int(local[0])].as_py())
+
+    def digests(self, i: int) -> Array:
+        """Return the digests of shard i's original files: (n, 16) uint8."""
+        column = self._shard(i).batch.column("digest")
+        return np.frombuffer(column.buffers()[1], np.uint8, len(column) * 16).reshape(-1, 16)
+
+    def _checked(self, ids: Array | Tensor) -> Array:
+        array = np.asarray(ids, dtype=np.int64)
+        if len(array) and not (0 <= array.min() and array.max() < len(self)):
+            raise IndexError(
+                f"image ids must lie in [0, {len(self)}), got {array.min()}, {array.max()}"
+            )
+        return array
+
+    def _by_shard(self, ids: Array) -> Iterator[tuple[int, Array, Array]]:
+        """Yield (shard, rows of `ids` in it, their rows inside the shard)."""
+        owner = np.searchsorted(self.offsets, ids, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        cuts = np.flatnonzero(np.diff(owner[order])) + 1
+        for rows in np.split(order, cuts):
+            if len(rows):
+                shard = int(owner[rows[0]])
+                yield shard, rows, ids[rows] - self.offsets[shard]
+
+    def _read(self, shard: int, local: Array, out: Array, rows: Array) -> None:
+        opened = self._shard(shard)
+        if opened.pixels is not None:
+            out[rows] = opened.pixels[local]
+            return
+        column = opened.batch.column("image")
+        pairs = zip(rows.tolist(), local.tolist(), strict=True)
+        read = functools.partial(_decode_into, column, out)
+        for _ in _threads(os.getpid()).map(lambda pair: read(*pair), pairs):
+            continue  # an exception of a thread is raised here
+
+    def _shard(self, i: int) -> _Shard:
+        shard = self._shards.get(i)
+        if shard is None:
+            if len(self._shards) >= MAX_OPEN_SHARDS:
+                self._shards.clear()
+            shard = self._shards[i] = self._open_shard(i)
+        return shard
+
+    def _open_shard(self, i: int) -> _Shard:
+        path = shard_path(self.path, i)
+        try:
+            with pa.memory_map(str(path)) as file:  # the map outlives the closed file
+                batch = pa.ipc.open_file(file).get_batch(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}). Run ingest again.") from None
+        labels = batch.column("label").to_numpy()
+        if self.encoding != "raw":
+            return _Shard(batch, None, labels)
+        size = self.image_size
+        values = batch.column("image").buffers()[2]
+        count = batch.num_rows * size * size * 3
+        flat = np.frombuffer(values, np.uint8, count) if count else np.empty(0, np.uint8)
+        return _Shard(batch, flat.reshape(-1, size, size, 3), labels)
+
+
+def _decode_into(column: pa.Array, out: Array, row: int, local: int) -> None:
+    data = column[local].as_buffer()
+    if data[:2].to_pybytes() == b"\xff\xd8":
+        simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, buffer=out[row])
+        return
+    with Image.open(BytesIO(data)) as image:
+        out[row] = np.asarray(image.convert("RGB"))
+
+
+@functools.cache
+def _threads(pid: int) -> ThreadPoolExecutor:
+    """Return this process's decoding threads; by pid, since threads do not survive a fork.
+
+    As many as torch may use: Ray sets that number from the CPUs a worker asked for.
+    """
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix=f"decode-{pid}")
