@@ -149,7 +149,7 @@ def adjusted_rand_index(counts: Array) -> float:
 
 
 def _pairs(sizes: Array) -> int:
-    """Return the pairs inside groups of these sizes; a Python int, since products overflow int64."""
+    """Return the pairs inside groups of these sizes; products of such numbers overflow int64."""
     sizes = np.asarray(sizes, np.int64)
     return int((sizes * (sizes - 1) // 2).sum())
 

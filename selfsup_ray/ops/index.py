@@ -1,0 +1,173 @@
+"""IndexShard: a faiss index over some rows of an embedding array, answering with global image ids.
+
+A plain class without any cluster: `cluster/neighbors.py` makes actors of it, and a restarted one
+reads its rows from disk again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from selfsup_ray.artifacts import Array, ShardedArray
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.ops.neighbors import Neighbors, exact_topk, merge_neighbors, pair_similarity
+
+_EXTRA = 11  # fetched beyond k, so that float32 errors around the k-th place can be settled
+_ROWS_READ = 65536
+_NONE = np.iinfo(np.int64).max
+
+
+class IndexShard:
+    """faiss flat index over rows [start, stop) of an (N, d) array of unit float32 rows.
+
+    Its answers are exact in the sense of `ops.neighbors`: float32 candidates from faiss, the
+    similarities summed again as defined there, and the few queries whose k-th place the error of
+    float32 leaves open searched in float64. So they do not depend on how rows are cut into shards.
+    """
+
+    def __init__(self, path: Path, *, start: int, stop: int, threads: int | None = None) -> None:
+        """Read the rows from the folder of a ShardedArray.
+
+        threads: OpenMP threads of faiss in this process; None leaves them as they are.
+        Raises ArtifactError when rows are missing or not finite.
+        """
+        import faiss
+
+        array = ShardedArray.open(path)
+        assert array.dtype == np.float32, f"{path}: {array.dtype} rows, want float32"
+        self.start, self.dim = start, int(array.shape[1])
+        # Below this many numbers faiss leaves BLAS, and a flat search is 4 to 17 times slower;
+        # its default of 128,000 assumes d near 128. A single query stays on the scalar path.
+        faiss.cvar.distance_compute_blas_threshold = 16 * self.dim
+        if threads is not None:
+            faiss.omp_set_num_threads(threads)
+        # Filled in place: `add` would hold every row twice while it copies.
+        self.index = faiss.IndexFlatIP(self.dim)
+        self.index.codes.resize((stop - start) * self.dim * 4)
+        self.rows: Array = np.empty((0, self.dim), np.float32)
+        if stop > start:
+            view = faiss.rev_swig_ptr(self.index.get_xb(), (stop - start) * self.dim)
+            self.rows = view.reshape(stop - start, self.dim)
+        self.max_norm = _read(array, start, into=self.rows)
+        self._keep_distinct_rows()
+
+    def _keep_distinct_rows(self) -> None:
+        """Index equal rows once: thousands of blank images would tie with each other otherwise."""
+        order, group_starts = group_equal_rows(self.rows)
+        self.members = order + self.start  # ids, group by group, ascending within a group
+        self.group_starts = group_starts  # (groups + 1,)
+        first = order[group_starts[:-1]]  # ascending, so rows only ever move towards the front
+        self.index.ntotal = len(first)
+        if len(first) == len(self):
+            return
+        for i in range(0, len(first), _ROWS_READ):
+            piece = first[i : i + _ROWS_READ]
+            self.rows[i : i + len(piece)] = self.rows[piece]
+        self.rows = self.rows[: len(first)]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def search(self, queries: Array, k: int) -> Neighbors:
+        """Return the min(k, len(self)) nearest rows of each query, by global id.
+
+        queries: (n, d) float32 unit rows; n of a few hundred to a few thousand keeps BLAS busy.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        assert np.isfinite(queries).all(), "queries must be finite"
+        if not len(self) or not len(queries):
+            width = min(k, len(self))
+            shape = (len(queries), width)
+            return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
+        found = self._distinct(queries, min(k, len(self.rows)))
+        return self._expand(found, min(k, len(self)))
+
+    def _distinct(self, queries: Array, k: int) -> Neighbors:
+        """Return the k nearest distinct rows, by position in `self.rows`."""
+        wide = min(k + _EXTRA, len(self.rows))
+        rough, positions = self.index.search(queries, wide)
+        exact = pair_similarity(queries, self.rows[positions])
+        found = merge_neighbors([Neighbors(positions, exact)], k=k)
+        if wide == len(self.rows):
+            return found
+        # Whatever faiss left out scores at most its last entry plus the error of a float32 sum of
+        # d products in any order (Higham 2002, sec. 3.1), once for each side.
+        unit = self.dim * 2.0**-24
+        norms = np.linalg.norm(queries.astype(np.float64), axis=1) * self.max_norm
+        error = (unit / (1 - unit) + 2.0**-23) * norms
+        open_ = np.flatnonzero(found.similarity[:, -1] <= rough[:, -1] + error)
+        if len(open_):
+            settled = exact_topk(queries[open_], self.rows, k=k)
+            found.ids[open_], found.similarity[open_] = settled.ids, settled.similarity
+        return found
+
+    def _expand(self, found: Neighbors, k: int) -> Neighbors:
+        """Return lists of ids from lists of distinct rows: each stands for all its equals."""
+        first, counts = self.group_starts[found.ids], np.diff(self.group_starts)[found.ids]
+        ids, similarity = self.members[first], found.similarity
+        if len(self.rows) == len(self):
+            return Neighbors(ids, similarity)
+        out = Neighbors(np.empty((len(ids), k), np.int64), np.empty((len(ids), k), np.float32))
+        step = 512
+        for i in range(0, len(ids), step):
+            here = slice(i, i + step)
+            parts = [Neighbors(ids[here], similarity[here])]
+            for j in range(1, min(k, int(counts[here].max()))):
+                has = counts[here] > j
+                member = self.members[np.where(has, first[here] + j, 0)]
+                parts.append(
+                    Neighbors(
+                        np.where(has, member, _NONE),
+                        np.where(has, similarity[here], np.float32(-np.inf)),
+                    )
+                )
+            merged = merge_neighbors(parts, k=k)
+            out.ids[here], out.similarity[here] = merged.ids, merged.similarity
+        return out
+
+
+def group_equal_rows(rows: Array) -> tuple[Array, Array]:
+    """Return (order, starts): order[starts[g]:starts[g + 1]] are the positions of group g's rows.
+
+    rows: (n, d) float32. Rows of a group are equal, positions ascend within a group, and groups
+    are in the order of their first rows. Groups come from a hash; should two different rows share
+    one, equal rows may be left in two groups, never different ones put together.
+    """
+    n, d = rows.shape
+    weights = np.arange(1, d + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+    hashes = np.empty(n, np.uint64)
+    for i in range(0, n, 4096):
+        bits = rows[i : i + 4096].view(np.uint32).astype(np.uint64)
+        hashes[i : i + 4096] = (bits * weights).sum(axis=1)
+    by_hash = np.argsort(hashes, kind="stable")
+    is_start = np.ones(n, bool)
+    pairs = np.flatnonzero(hashes[by_hash][1:] == hashes[by_hash][:-1]) + 1
+    for i in range(0, len(pairs), 4096):
+        at = pairs[i : i + 4096]
+        is_start[at] = (rows[by_hash[at]] != rows[by_hash[at - 1]]).any(axis=1)
+    group = np.cumsum(is_start) - 1
+    first = by_hash[is_start]  # the lowest position of each group: the sort is stable
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    order = by_hash[np.argsort(rank[group], kind="stable")]
+    sizes = np.diff(np.append(np.flatnonzero(is_start), n))[np.argsort(first)]
+    return order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _read(array: ShardedArray, start: int, *, into: Array) -> float:
+    """Fill `into` with rows from `start` on; return the largest norm."""
+    largest = 0.0
+    for i in range(0, len(into), _ROWS_READ):
+        stop = min(i + _ROWS_READ, len(into))
+        into[i:stop] = array.rows(np.arange(start + i, start + stop))
+        norms = np.sqrt(np.einsum("nd,nd->n", into[i:stop], into[i:stop], dtype=np.float64))
+        if not np.isfinite(norms).all():
+            bad = start + i + int(np.flatnonzero(~np.isfinite(norms))[0])
+            raise ArtifactError(
+                f"{array.path} holds a number that is not finite in row {bad}. "
+                f"Look at the encoder's training for divergence, then embed again."
+            )
+        largest = max(largest, float(norms.max()))
+    return largest
