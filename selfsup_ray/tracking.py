@@ -1,0 +1,376 @@
+"""Tracking: metrics.jsonl always, and the same numbers in MLflow, nothing lost or twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from selfsup_ray.artifacts import read_json, write_json
+from selfsup_ray.config import config, flatten, to_dict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+RETRY_AFTER_S = 300.0
+"""Seconds until an unreachable MLflow is tried again."""
+MAX_METRICS, MAX_PARAMS, MAX_KEY, MAX_PARAM = 1000, 100, 250, 6000  # MLflow's limits of one call
+
+
+@config
+class TrackingConfig:
+    """Where runs are recorded besides the run folder."""
+
+    uri: str | None = None
+    """MLflow tracking URI. None: $MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
+    experiment: str = "selfsup_ray"
+    """MLflow experiment that the runs belong to."""
+
+
+class Value(NamedTuple):
+    """One number of one step, as MLflow stores it."""
+
+    key: str
+    step: int
+    value: float
+    time: float
+
+
+class Tracker:
+    """Records of one stage or experiment: `metrics.jsonl` in its folder, and an MLflow run.
+
+    Made by `open_run`. As a context manager it finishes the run: FINISHED, FAILED after an
+    exception, KILLED after an interrupt.
+    """
+
+    def __init__(self, folder: Path, remote: MLflowRun | None) -> None:
+        self.folder, self.remote = folder, remote
+        self.path = folder / "metrics.jsonl"
+        mend(self.path)
+        earlier = read_records(self.path)
+        self.values = [value for record in earlier for value in values_of(record)]
+        self._seen = {(key, int(record["step"])) for record in earlier for key in record}
+        if remote is not None:
+            remote.sync(self.values)
+
+    def log(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records: numbers by name, and the `step` they belong to (0 without one).
+
+        A name that already has a number at that step keeps it, so a resumed run may log again.
+        """
+        lines, fresh = [], list[Value]()
+        for record in records:
+            step, now = int(record.get("step", 0)), time.time()
+            new = {k: v for k, v in record.items() if k != "step" and (k, step) not in self._seen}
+            if not new:
+                continue
+            self._seen |= {(key, step) for key in new}
+            lines.append(json.dumps({"step": step, "time": round(now, 3), **new}))
+            fresh += values_of({"step": step, "time": now, **new})
+        if not lines:
+            return
+        with open(self.path, "a") as file:  # the file first: what is only here is sent later
+            file.write("".join(line + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        self.values += fresh
+        if self.remote is not None:
+            self.remote.send(fresh, everything=self.values)
+
+    def artifact(self, path: Path) -> None:
+        """Add a file or folder to the MLflow run; its place in the run folder stays as it is."""
+        if self.remote is not None:
+            self.remote.add_artifact(path)
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Close the MLflow run; what it could not take so far is sent once more."""
+        if self.remote is not None:
+            self.remote.finish(status, everything=self.values)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return self.finish("FINISHED")
+        return self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+
+def open_run(
+    folder: Path,
+    tracking: TrackingConfig | None = None,
+    *,
+    name: str,
+    params: Any = None,
+    parent: Tracker | None = None,
+) -> Tracker:
+    """Return the tracker of a run folder, continuing its MLflow run when it has one.
+
+    tracking None: metrics.jsonl only. params: a config or nested mapping, logged as flat keys.
+    parent: the experiment's tracker; the run is then nested in its run and in its store.
+    MLflow that cannot be reached is warned about once and caught up with later.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tracking is None:
+        return Tracker(folder, None)
+    above = parent.remote if parent is not None else None
+    store = above.store if above else Store.beside(folder, tracking)
+    remote = MLflowRun(folder, store, name=name, params=flat_params(params), parent=above)
+    return Tracker(folder, remote)
+
+
+class Store(NamedTuple):
+    """An MLflow tracking store and the experiment in it."""
+
+    uri: str
+    artifacts: str | None
+    experiment: str
+    given: str | None
+    """The URI that was asked for; None stands for the store beside the run folder."""
+
+    @classmethod
+    def beside(cls, folder: Path, tracking: TrackingConfig) -> Store:
+        """Return the configured store, or the sqlite file next to the run folder."""
+        given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        if given:
+            return cls(given, None, tracking.experiment, given)
+        place = folder.resolve().parent
+        artifacts = (place / "mlartifacts").as_uri()
+        return cls(f"sqlite:///{place / 'mlflow.db'}", artifacts, tracking.experiment, None)
+
+
+class Opened(NamedTuple):
+    """A run that MLflow knows and that is open."""
+
+    client: MlflowClient
+    run_id: str
+
+
+class MLflowRun:
+    """One MLflow run that belongs to a run folder; its ids live in the folder's mlflow.json.
+
+    No method raises: an MLflow that fails must not end a training. The first failure is warned
+    about, the numbers stay in metrics.jsonl, and `sync` brings them over when MLflow is back.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        *,
+        name: str,
+        params: Mapping[str, str],
+        parent: MLflowRun | None,
+    ) -> None:
+        self.ids, self.store, self.name = folder / "mlflow.json", store, name
+        self.params, self.parent = dict(params), parent
+        self.artifacts: list[Path] = []
+        self._opened: Opened | None = None
+        self._retry_at = 0.0
+        self._warned = self._behind = False
+
+    def sync(self, everything: Sequence[Value]) -> None:
+        """Send the values that MLflow does not have; opens or continues the run first."""
+        self._try(lambda: self._sync(everything))
+
+    def send(self, fresh: Sequence[Value], *, everything: Sequence[Value]) -> None:
+        """Send new values, or all that are missing when earlier ones could not be sent."""
+        if self._behind:
+            self.sync(everything)
+        else:
+            self._try(lambda: self._push(fresh))
+
+    def add_artifact(self, path: Path) -> None:
+        """Upload a file or folder, now or at the next chance."""
+        self.artifacts.append(path)
+        self._try(self._upload)
+
+    def finish(self, status: Status, *, everything: Sequence[Value]) -> None:
+        """Send what is missing and close the run."""
+        self._retry_at = 0.0
+        if self._behind:
+            self.sync(everything)
+        self._try(lambda: self._close(status))
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if time.monotonic() < self._retry_at:
+            return
+        try:
+            action()
+            self._behind = bool(self.artifacts)
+        except Exception as error:  # whatever a tracking server does, the training goes on
+            self._behind, self._retry_at = True, time.monotonic() + RETRY_AFTER_S
+            if not self._warned:
+                self._warned = True
+                log.warning(
+                    "MLflow at %s cannot be reached (%s). The run goes on; its numbers are in "
+                    "%s and will be sent when MLflow is back or the run is started again.",
+                    self.store.uri,
+                    " ".join(str(error).split())[:200],
+                    self.ids.with_name("metrics.jsonl"),
+                )
+
+    def _sync(self, everything: Sequence[Value]) -> None:
+        client, run_id = self.open()
+        there = {
+            (key, metric.step)
+            for key in {value.key for value in everything}
+            for metric in client.get_metric_history(run_id, key)
+        }
+        self._push([value for value in everything if (value.key, value.step) not in there])
+        self._upload()
+
+    def _push(self, values: Sequence[Value]) -> None:
+        from mlflow.entities import Metric
+
+        client, run_id = self.open()
+        metrics = [Metric(v.key, v.value, int(v.time * 1000), v.step) for v in values]
+        for i in range(0, len(metrics), MAX_METRICS):
+            client.log_batch(run_id, metrics=metrics[i : i + MAX_METRICS])
+
+    def _upload(self) -> None:
+        client, run_id = self.open()
+        while self.artifacts:
+            path = self.artifacts[0]
+            put = client.log_artifacts if path.is_dir() else client.log_artifact
+            put(run_id, str(path))
+            self.artifacts.pop(0)
+
+    def _close(self, status: Status) -> None:
+        client, run_id = self.open()
+        client.set_terminated(run_id, status)
+
+    def open(self) -> Opened:
+        """Return client and run id; the first call continues or creates the run.
+
+        Raises whatever MLflow raises.
+        """
+        if self._opened is None:
+            client = connect(self.store.uri)
+            experiment = experiment_id(client, self.store)
+            run_id = self._continued(client, experiment) or self._created(client, experiment)
+            self._opened = Opened(client, run_id)
+        return self._opened
+
+    def _continued(self, client: MlflowClient, experiment: str) -> str | None:
+        ids = read_json(self.ids) if self.ids.exists() else {}
+        if ids.get("uri") != self.store.given or "key" not in ids:
+            return None
+        same = f"tags.`selfsup_ray.key` = '{ids['key']}'"  # found even if its id was never stored
+        runs = client.search_runs([experiment], filter_string=same, max_results=1)
+        if not runs:
+            return None
+        run_id = str(runs[0].info.run_id)
+        client.update_run(run_id, status="RUNNING")
+        self._log_params(client, run_id, known=runs[0].data.params)
+        self._remember(ids["key"], experiment, run_id)
+        return run_id
+
+    def _created(self, client: MlflowClient, experiment: str) -> str:
+        key = uuid.uuid4().hex
+        self._remember(key, experiment, None)  # before the run: a kill in between leaves its key
+        tags = {"selfsup_ray.key": key}
+        if self.parent is not None:
+            tags["mlflow.parentRunId"] = self.parent.open().run_id
+        run_id = str(client.create_run(experiment, run_name=self.name, tags=tags).info.run_id)
+        self._log_params(client, run_id, known={})
+        self._remember(key, experiment, run_id)
+        return run_id
+
+    def _remember(self, key: str, experiment: str, run_id: str | None) -> None:
+        ids = {"uri": self.store.given, "experiment_id": experiment, "run_id": run_id, "key": key}
+        write_json(self.ids, ids)
+
+    def _log_params(self, client: MlflowClient, run_id: str, *, known: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        # MLflow refuses another value for a parameter; `resources` may differ after a restart.
+        new = [Param(key, value) for key, value in self.params.items() if key not in known]
+        for i in range(0, len(new), MAX_PARAMS):
+            client.log_batch(run_id, params=new[i : i + MAX_PARAMS])
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return a quiet MLflow client that gives up on a dead server within seconds."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow import MlflowClient  # sets its loggers up, so their level comes after it
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(client: MlflowClient, store: Store) -> str:
+    """Return the id of the store's experiment, which is made if need be."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(store.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(store.experiment, artifact_location=store.artifacts))
+    except MlflowException:  # another trial made it in between
+        found = client.get_experiment_by_name(store.experiment)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def flat_params(params: Any) -> dict[str, str]:
+    """Return a config as MLflow parameters: dotted keys, values cut to MLflow's limit."""
+    flat = flatten(to_dict(params)) if params is not None else {}
+    return {clean(key): str(value)[:MAX_PARAM] for key, value in flat.items()}
+
+
+def clean(key: str) -> str:
+    """Return a name with the characters and length that MLflow allows."""
+    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
+
+
+def values_of(record: Mapping[str, Any]) -> list[Value]:
+    """Return the finite numbers of one record."""
+    numbers = {
+        key: float(item)
+        for key, item in record.items()
+        if key not in ("step", "time") and isinstance(item, int | float)
+    }
+    step, when = int(record.get("step", 0)), float(record.get("time", 0.0))
+    return [Value(clean(k), step, v, when) for k, v in numbers.items() if math.isfinite(v)]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl, oldest first; none when there is no file.
+
+    A last line that a kill cut short is left out.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def mend(path: Path) -> None:
+    """Cut off the last line of a metrics.jsonl if a kill left it unfinished."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
