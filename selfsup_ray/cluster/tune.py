@@ -1,0 +1,279 @@
+"""Searches on Ray Tune: a trial is a set of dotted config keys, a result a handful of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from selfsup_ray.config import Positive, Resources, config
+from selfsup_ray.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+Changes = dict[str, Any]
+RunTrial = Callable[[Changes], Mapping[str, float]]
+
+
+@config
+class Dimension:
+    """The values one dotted key may take: exactly one of the fields."""
+
+    choice: tuple[Any, ...] | None = None
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """A number between two bounds."""
+    log_uniform: tuple[float, float] | None = None
+    """A number between two positive bounds, its logarithm uniform."""
+    int_uniform: tuple[int, int] | None = None
+    """A whole number between two bounds, both included."""
+    int_log_uniform: tuple[int, int] | None = None
+    """A whole number between two positive bounds, both included, its logarithm uniform."""
+
+    def __post_init__(self) -> None:
+        given = self._given()
+        if len(given) != 1:
+            names = ", ".join(f.name for f in dataclasses.fields(self))
+            raise ValueError(f"give exactly one of {names}, not {len(given)}")
+        name, value = given[0]
+        if name == "choice" and not value:
+            raise ValueError("choice must list at least one value")
+        if name != "choice" and not value[0] < value[1]:
+            raise ValueError(f"{name} must be [low, high] with low < high, got {list(value)}")
+        if "log" in name and value[0] <= 0:
+            raise ValueError(f"{name} needs a low bound above 0, got {value[0]}")
+
+    def _given(self) -> list[tuple[str, Any]]:
+        pairs = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        return [(name, value) for name, value in pairs if value is not None]
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All choices, or both bounds: what a check before the search should try."""
+        return tuple(self._given()[0][1])
+
+    def domain(self) -> Any:
+        """Return Ray Tune's object for these values."""
+        from ray import tune
+
+        match self._given()[0]:
+            case "choice", values:
+                return tune.choice(list(values))
+            case "uniform", (low, high):
+                return tune.uniform(low, high)
+            case "log_uniform", (low, high):
+                return tune.loguniform(low, high)
+            case "int_uniform", (low, high):
+                return tune.randint(low, high + 1)
+            case _, (low, high):
+                return tune.lograndint(low, high + 1)
+
+
+@config
+class SearchConfig:
+    """How the trials of a search are chosen."""
+
+    name: Literal["grid", "random", "optuna"] = "random"
+    """`grid`: every combination of choices. `optuna`: a tree-structured Parzen estimator that
+    learns from finished trials (Bergstra et al. 2011)."""
+    samples: Positive = 16
+    """Trials; a grid has as many as it has combinations, and repeats nothing."""
+    seed: int = 0
+    """Chooses the points of `random`, and the first ones of `optuna`."""
+    concurrent: Positive | None = None
+    """Trials at a time; None: as many as the cluster has room for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One point of a search: its changes, and its numbers or the error it failed with."""
+
+    changes: Changes
+    metrics: dict[str, float]
+    error: str | None
+    seconds: float
+
+    @property
+    def id(self) -> str:
+        """A name that depends on the changes alone, so the same after a restart."""
+        return trial_id(self.changes)
+
+
+def trial_id(changes: Mapping[str, Any]) -> str:
+    """Return ten hexadecimal digits that depend on the changes alone."""
+    text = json.dumps(dict(changes), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def search(
+    run_trial: RunTrial,
+    space: Mapping[str, Dimension],
+    *,
+    metric: str,
+    mode: Literal["min", "max"],
+    how: SearchConfig,
+    resources: Resources,
+    out: Path,
+    on_trial: Callable[[Trial], None],
+) -> list[Trial]:
+    """Return all trials of a search over dotted keys, in Tune's order; run_trial must pickle.
+
+    run_trial maps changes such as {"scan.entropy_weight": 5.0} to numbers, `metric` among them.
+    `out` keeps Tune's state: called again after the driver was killed, the search goes on with
+    the trials that had not finished. on_trial is called here, in the driver, once for each
+    trial that ends.
+    """
+    from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
+
+    out = out.absolute()
+    trainable = tune.with_resources(
+        _trainable(run_trial), {"CPU": resources.cpus, "GPU": resources.gpus}
+    )
+    if tune.Tuner.can_restore(str(out)):
+        log.info("sweep: continuing the search in %s", out)
+        tuner = tune.Tuner.restore(str(out), trainable=trainable, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=_param_space(space, how),
+            tune_config=_tune_config(space, metric=metric, mode=mode, how=how),
+            run_config=tune.RunConfig(
+                name=out.name,
+                storage_path=str(out.parent),
+                # Tune reads its results back from the JSON logger's files.
+                callbacks=[_callback(on_trial), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
+                failure_config=tune.FailureConfig(max_failures=0),
+                verbose=0,
+                log_to_file=True,
+            ),
+        )
+    with _quiet():
+        results = tuner.fit()
+    ended = [results[i] for i in range(len(results))]
+    trials = [_trial(result.config or {}, result.metrics, result.error) for result in ended]
+    for failed in (trial for trial in trials if trial.error is not None):
+        on_trial(failed)  # Tune calls back before it knows the reason
+    return trials
+
+
+def _trainable(run_trial: RunTrial) -> Callable[[Changes], None]:
+    def trial(changes: Changes) -> None:
+        from ray import tune
+
+        tune.report(dict(run_trial(changes)))
+
+    return trial
+
+
+def _param_space(space: Mapping[str, Dimension], how: SearchConfig) -> dict[str, Any]:
+    from ray import tune
+
+    if how.name != "grid":
+        return {key: dimension.domain() for key, dimension in space.items()}
+    for key, dimension in space.items():
+        if dimension.choice is None:
+            raise ConfigError(
+                f"search.name=grid needs choices, but space.{key} is a range. "
+                f"List its values under `choice`, or use search.name=random."
+            )
+    return {key: tune.grid_search(list(dimension.ends)) for key, dimension in space.items()}
+
+
+def _tune_config(
+    space: Mapping[str, Dimension], *, metric: str, mode: str, how: SearchConfig
+) -> Any:
+    from ray import tune
+    from ray.tune.search import BasicVariantGenerator
+
+    algorithm: Any
+    if how.name == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        algorithm = OptunaSearch(metric=metric, mode=mode, seed=how.seed)
+    else:
+        algorithm = BasicVariantGenerator(random_state=how.seed)
+    return tune.TuneConfig(
+        metric=metric,
+        mode=mode,
+        search_alg=algorithm,
+        num_samples=1 if how.name == "grid" else how.samples,
+        max_concurrent_trials=how.concurrent,
+        reuse_actors=True,  # a new process for every trial costs three CPU seconds
+    )
+
+
+def _callback(on_trial: Callable[[Trial], None]) -> Any:
+    from ray import tune
+
+    class Notify(tune.Callback):
+        """Tells the driver of every trial that ends; pickled with the search and restored."""
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            on_trial(_trial(trial.config, trial.last_result, None))
+
+    return Notify()
+
+
+def _trial(changes: Mapping[str, Any], result: Mapping[str, Any] | None, error: Any) -> Trial:
+    last = dict(result or {})
+    reason = _reason(error) if error else None
+    return Trial(dict(changes), _numbers(last), reason, float(last.get("time_total_s", 0)))
+
+
+def _reason(error: Any) -> str:
+    """Return the sentence of a user's mistake, the last line of another error."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, UserError):
+        return str(cause)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+_TUNE_KEYS = frozenset(
+    (
+        *("timestamp", "done", "training_iteration", "time_this_iter_s", "time_total_s", "pid"),
+        *("time_since_restore", "iterations_since_restore", "should_checkpoint"),
+    )
+)
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return what run_trial reported, less the entries that Tune adds."""
+    return {
+        key: float(value)
+        for key, value in result.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _TUNE_KEYS
+    }
+
+
+_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old output obeys verbose=0
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune from printing its own tables and tracebacks, and from writing TensorBoard files."""
+    before = {key: os.environ.get(key) for key in _SETTINGS}
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    os.environ.update(_SETTINGS)
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
