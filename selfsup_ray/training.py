@@ -165,7 +165,8 @@ def fit(
                         loss, metrics = model(views, ids)
                     (loss / config.accumulate).backward()
                 meter.add(loss, metrics)
-            optimizer.step()
+            if objective.should_step():  # self-labelling: not when nobody was confident
+                optimizer.step()
             objective.after_step(progress)  # EMA, queue, memory bank
             step += 1
             last = step == batches.total_steps

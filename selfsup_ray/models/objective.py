@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup_ray.models.norm import share_running_statistics
@@ -55,7 +56,7 @@ class Objective(nn.Module):
         share_running_statistics(self)
 
     def before_epoch(self, epoch: int, dataset: Dataset) -> None:
-        """Prepare an epoch; called on every rank, also when training resumes inside the epoch."""
+        """Prepare an epoch; called on every rank, not again when training resumes inside it."""
 
 
 @contextmanager
@@ -63,6 +64,16 @@ def full_precision(x: Tensor) -> Iterator[None]:
     """Switch autocast off on x's device: similarities divided by a temperature need float32."""
     with torch.autocast(x.device.type, enabled=False):
         yield
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Return the rows of x (n, d) at length 1, in float32 or better."""
+    return F.normalize(at_least_float32(x), dim=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x, as float32 when it is a half type."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def embedding_std(z: Tensor) -> Tensor:

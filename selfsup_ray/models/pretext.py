@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
+from selfsup_ray import collectives
 from selfsup_ray.config import Positive, PositiveFloat, Share, config
 from selfsup_ray.errors import ConfigError
-from selfsup_ray.models.backbones import Backbone
-from selfsup_ray.models.norm import BatchNormMode, ShuffleNorm, SyncNorm
-from selfsup_ray.models.objective import Objective
-
-
-@config
-class MLPHead:
-    """Linear layers with ReLU between them."""
-
-    name: Literal["mlp"] = "mlp"
-    layers: Annotated[int, Field(ge=2)] = 2
-    """Linear layers: 2 in SimCLR, MoCo v2 and SCAN, 3 in SimCLR v2."""
-    hidden_dim: Positive | None = None
-    """Width of the hidden layers; None: the backbone's."""
-    dim: Positive = 128
-    """Dimension of the embedding that the loss sees."""
-    batch_norm: Literal["all", "hidden"] | None = None
-    """`all`: after every linear layer, none of which has a bias, the last without offset (SimCLR).
-    `hidden`: after the hidden layers (BYOL). None: nowhere (MoCo v2, SCAN)."""
-
-
-@config
-class LinearHead:
-    """One linear layer (MoCo v1)."""
-
-    name: Literal["linear"] = "linear"
-    dim: Positive = 128
-    """Dimension of the embedding that the loss sees."""
-
-
-@config
-class NoHead:
-    """The loss sees the backbone's features."""
-
-    name: Literal["none"] = "none"
-
-
-HeadConfig = Annotated[MLPHead | LinearHead | NoHead, Field(discriminator="name")]
+from selfsup_ray.models.backbones import Backbone, seeded
+from selfsup_ray.models.heads import Head, HeadConfig, MLPHead
+from selfsup_ray.models.norm import BatchNormMode, ShuffleNorm, SyncNorm, set_batch_norm
+from selfsup_ray.models.objective import (
+    Metrics,
+    Objective,
+    embedding_std,
+    full_precision,
+    unit_rows,
+)
+from selfsup_ray.ops.losses import cross_view_nt_xent, info_nce, nt_xent, one_way_nt_xent
+from selfsup_ray.ops.rng import uniforms
 
 
 @config
@@ -56,8 +35,8 @@ class SimCLRConfig:
     temperature: PositiveFloat = 0.1
     """0.1 for ImageNet and in SCAN; SimCLR's paper has 0.5 for CIFAR-10."""
     loss: Literal["nt_xent", "one_way", "cross_view"] = "nt_xent"
-    """`one_way`: only first views are anchors (SCAN). `cross_view`: negatives only from the other
-    view, both directions in one logit (the CIFAR comparison of contrastive.md)."""
+    """`one_way`: only first views are anchors (SCAN's code). `cross_view`: negatives only from the
+    other view, both directions in one logit (a published CIFAR comparison of SimCLR and BYOL)."""
     head: HeadConfig = MLPHead()
     batch_norm: BatchNormMode = SyncNorm()
     """Over both views of all ranks together; `shuffle` is MoCo's and refused here."""
@@ -81,13 +60,15 @@ class MoCoConfig:
     """Each view is query once and key once; the queue then takes two keys per image."""
     head: HeadConfig = MLPHead()
     batch_norm: BatchNormMode = ShuffleNorm()
-    """`local` in one process leaks which key belongs to which query; see ShuffleNorm."""
+    """`local` and `sync` leak which key belongs to which query: see ShuffleNorm."""
 
 
 PretextMethod = Annotated[SimCLRConfig | MoCoConfig, Field(discriminator="name")]
 
+LOSSES = {"nt_xent": nt_xent, "one_way": one_way_nt_xent, "cross_view": cross_view_nt_xent}
 
-def check_method(method: PretextMethod, *, batch_size: int) -> None:
+
+def check_method(method: SimCLRConfig | MoCoConfig, *, batch_size: int) -> None:
     """Raise ConfigError when a method cannot train on global batches of batch_size images."""
     if not isinstance(method, MoCoConfig):
         return
@@ -100,7 +81,9 @@ def check_method(method: PretextMethod, *, batch_size: int) -> None:
         )
 
 
-def build_pretext(method: PretextMethod, backbone: Backbone, *, seed: int = 0) -> Objective:
+def build_pretext(
+    method: SimCLRConfig | MoCoConfig, backbone: Backbone, *, seed: int = 0
+) -> SimCLR | MoCo:
     """Return the objective of a method around a backbone; the seed draws the head and the queue."""
     match method:
         case SimCLRConfig():
@@ -110,23 +93,145 @@ def build_pretext(method: PretextMethod, backbone: Backbone, *, seed: int = 0) -
 
 
 class SimCLR(Objective):
-    """SimCLR's networks and loss; views: two tensors of the same images."""
+    """SimCLR's network and loss; views: two tensors of the same images."""
 
     def __init__(self, method: SimCLRConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
+        self.method = method
         self.backbone = backbone
+        with seeded(seed):
+            self.head = Head(method.head, backbone.dim)
+        set_batch_norm(self, method.batch_norm)
+
+    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean loss of this rank's anchors against the views of all ranks."""
+        # One batch of both views: batch normalisation is over 2B rows, as in SimCLR's own code.
+        out = self.head(self.backbone(torch.cat(views)))
+        with full_precision(out):
+            z0, z1 = unit_rows(out).chunk(2)
+            both = collectives.gather(torch.cat([z0, z1], dim=1))  # (B, 2d), one traffic
+            all0, all1 = both.chunk(2, dim=1)
+            loss = LOSSES[self.method.loss](
+                *(z0, z1),
+                temperature=self.method.temperature,
+                contrast=(all0, all1),
+                first=collectives.rank() * len(z0),
+            )
+        metrics = {
+            "loss": loss.detach(),
+            "embedding_std": embedding_std(all0),
+            "positive_similarity": (z0 * z1).sum(dim=1).mean().detach(),
+        }
+        return loss, metrics
 
     def encoder(self) -> Backbone:
         """Return the trained backbone."""
         return self.backbone
 
 
+def _as_network_sees(images: Tensor) -> Tensor:
+    """Return images as the first layer under autocast rounds them anyway: half the traffic."""
+    device = images.device.type
+    return (
+        images.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else images
+    )
+
+
 class MoCo(Objective):
-    """MoCo's query and key networks, queue and loss; views: two tensors of the same images."""
+    """MoCo's query and key networks, queue and loss; views: two tensors of the same images.
+
+    The paper updates the key network before a batch's forward; here that happens after the step
+    before it, which is the same, as both networks start equal. The keys of a step enter the queue
+    after it. ShuffleBN permutes the keys of all ranks and normalises them in groups of fixed size,
+    so one process with groups of 32 computes what 8 ranks with 32 images each do.
+    """
+
+    queue: Tensor
+    keys_seen: Tensor
 
     def __init__(self, method: MoCoConfig, backbone: Backbone, *, seed: int = 0) -> None:
         super().__init__()
+        self.method = method
         self.backbone = backbone
+        with seeded(seed):
+            self.head = Head(method.head, backbone.dim)
+            queue = F.normalize(torch.randn(method.queue_size, self.head.dim), dim=1)
+        set_batch_norm(self, method.batch_norm)
+        self.key_backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.key_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.register_buffer("queue", queue)
+        self.register_buffer("keys_seen", torch.zeros((), dtype=torch.int64))
+        self._new_keys: list[Tensor] = []
+
+    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean loss of this rank's queries, view 0, against their keys and the queue."""
+        first, second = views
+        check_method(self.method, batch_size=len(first) * collectives.world_size())
+        loss, metrics = self._match(first, second)
+        if not self.method.symmetric:
+            return loss, metrics
+        back, back_metrics = self._match(second, first)
+        both = {key: (metrics[key] + back_metrics[key]) / 2 for key in metrics}
+        return loss + back, both | {"loss": metrics["loss"] + back_metrics["loss"]}
+
+    def _match(self, query_images: Tensor, key_images: Tensor) -> tuple[Tensor, Metrics]:
+        out = self.head(self.backbone(query_images))
+        all_keys = self._keys(key_images)  # (B, d), in the order of the images
+        if self.training:
+            self._new_keys.append(all_keys)
+        first = collectives.rank() * len(out)
+        k = all_keys[first : first + len(out)]
+        with full_precision(out):
+            q = unit_rows(out)
+            loss = info_nce(q, k, self.queue, temperature=self.method.temperature)
+        fill = self.keys_seen.clamp_max(len(self.queue)) / len(self.queue)
+        metrics = {
+            "loss": loss.detach(),
+            "embedding_std": embedding_std(all_keys),
+            "positive_similarity": (q * k).sum(dim=1).mean().detach(),
+            "queue_fill": fill,
+        }
+        return loss, metrics
+
+    @torch.no_grad()
+    def _keys(self, images: Tensor) -> Tensor:
+        """Return the unit keys (B, d) of all ranks' images, in the order of the images."""
+        if not isinstance(self.method.batch_norm, ShuffleNorm):
+            return collectives.gather(unit_rows(self.key_head(self.key_backbone(images))))
+        n = len(images)
+        everyone = collectives.gather(_as_network_sees(images))
+        order = self._order(len(everyone))
+        mine = order[collectives.rank() * n :][:n]
+        shuffled = collectives.gather(unit_rows(self.key_head(self.key_backbone(everyone[mine]))))
+        keys = torch.empty_like(shuffled)
+        keys[order] = shuffled
+        return keys
+
+    def _order(self, n: int) -> Tensor:
+        """Return a permutation of n that is the same on every rank, new each step."""
+        numbers = self.keys_seen + torch.arange(n, device=self.keys_seen.device)
+        stream = len(self._new_keys)  # differs between the forwards of one step
+        draws = uniforms(seed=0, epoch=0, ids=numbers, draws=1, stream=stream)[:, 0]
+        return draws.argsort(stable=True)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Enqueue the step's keys, then move the key network's parameters towards the query's."""
+        super().after_step(progress)
+        for keys in self._new_keys:
+            self._enqueue(keys)
+        self._new_keys = []
+        for key_net, net in ((self.key_backbone, self.backbone), (self.key_head, self.head)):
+            # Parameters only: running statistics are each network's own.
+            for key_parameter, parameter in zip(
+                key_net.parameters(), net.parameters(), strict=True
+            ):
+                key_parameter.lerp_(parameter, 1 - self.method.momentum)
+
+    def _enqueue(self, keys: Tensor) -> None:
+        places = (self.keys_seen + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
+        self.keys_seen += len(keys)
 
     def encoder(self) -> Backbone:
         """Return the query backbone."""
