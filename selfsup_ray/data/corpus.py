@@ -78,6 +78,27 @@ def write_shard(corpus: Path, i: int, rows: Rows, facts: Mapping[str, str]) -> N
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
+def encoded(images: Array, *, encoding: Encoding, quality: int) -> Array | list[bytes]:
+    """Return (n, S, S, 3) images as `write_shard` takes them; quality is JPEG's, 1 to 100."""
+    match encoding:
+        case "raw":
+            return images
+        case "jpeg":
+            # No chroma subsampling: the images are small, and colors matter.
+            return [
+                simplejpeg.encode_jpeg(image, quality, colorsubsampling="444", fastdct=False)
+                for image in np.ascontiguousarray(images)
+            ]
+        case "png":
+            return [_png(image) for image in images]
+
+
+def _png(image: Array) -> bytes:
+    file = BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
 def _binary_column(images: Array | Sequence[bytes]) -> pa.Array:
     if not isinstance(images, np.ndarray):
         return pa.array(list(images), pa.large_binary())
@@ -242,11 +263,15 @@ class Corpus:
         if opened.pixels is not None:
             out[rows] = opened.pixels[local]
             return
-        column = opened.batch.column("image")
-        pairs = zip(rows.tolist(), local.tolist(), strict=True)
-        read = functools.partial(_decode_into, column, out)
-        for _ in _threads(os.getpid()).map(lambda pair: read(*pair), pairs):
-            continue  # an exception of a thread is raised here
+        num_threads = min(torch.get_num_threads(), len(rows))
+        if num_threads == 1:
+            return _decode_into(opened, local, out, rows)
+        # One piece per thread: a future for each image would cost as much as a small JPEG.
+        parts = [np.arange(t, len(rows), num_threads) for t in range(num_threads)]
+        read = functools.partial(_decode_into, opened)
+        tasks = [_threads(os.getpid()).submit(read, local[p], out, rows[p]) for p in parts]
+        for task in tasks:
+            task.result()
 
     def _shard(self, i: int) -> _Shard:
         shard = self._shards.get(i)
@@ -273,13 +298,16 @@ class Corpus:
         return _Shard(batch, flat.reshape(-1, size, size, 3), labels)
 
 
-def _decode_into(column: pa.Array, out: Array, row: int, local: int) -> None:
-    data = column[local].as_buffer()
-    if data[:2].to_pybytes() == b"\xff\xd8":
-        simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, buffer=out[row])
-        return
-    with Image.open(BytesIO(data)) as image:
-        out[row] = np.asarray(image.convert("RGB"))
+def _decode_into(shard: _Shard, local: Array, out: Array, rows: Array) -> None:
+    _, offsets, values = shard.batch.column("image").buffers()
+    starts, blobs = np.frombuffer(offsets, np.int64), np.frombuffer(values, np.uint8)
+    for at, row in zip(local.tolist(), rows.tolist(), strict=True):
+        data = blobs[starts[at] : starts[at + 1]]
+        if data[0] == 0xFF:
+            simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, buffer=out[row])
+            continue
+        with Image.open(BytesIO(data)) as image:
+            out[row] = np.asarray(image.convert("RGB"))
 
 
 @functools.cache

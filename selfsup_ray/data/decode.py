@@ -37,7 +37,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit for one image: 256 MiB of RGB
 ORIENTATION_TAG = 0x0112
 # No EPS (it would start Ghostscript) and no TGA (it has no signature: any bytes might be one).
 FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"),
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD"),
     *("QOI", "SGI", "TIFF", "WEBP"),
 )
 SUFFIX_FORMATS = {
