@@ -306,7 +306,7 @@ def _decode_into(shard: _Shard, local: Array, out: Array, rows: Array) -> None:
         if data[0] == 0xFF:
             simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, buffer=out[row])
             continue
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data.tobytes())) as image:
             out[row] = np.asarray(image.convert("RGB"))
 
 
