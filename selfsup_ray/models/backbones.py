@@ -26,6 +26,11 @@ class ResNetConfig:
     width: Positive = 64
     """Channels of the first stage; 64 in the paper. Cost grows with its square."""
 
+    @property
+    def dim(self) -> int:
+        """Dimension of the features: 512, or 2048 for resnet50, at width 64."""
+        return 8 * self.width * LAYERS[self.name][1].expansion
+
 
 BackboneConfig = ResNetConfig
 
@@ -33,10 +38,10 @@ BackboneConfig = ResNetConfig
 class Backbone(nn.Module):
     """A network from images (B, 3, s, s), normalised, to features (B, dim), not unit rows."""
 
-    def __init__(self, config: BackboneConfig, dim: int) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.dim = dim
+        self.dim = config.dim
 
 
 @contextmanager
@@ -58,7 +63,7 @@ class ResNet(Backbone):
 
     def __init__(self, config: ResNetConfig) -> None:
         depths, block = LAYERS[config.name]
-        super().__init__(config, config.width * 8 * block.expansion)
+        super().__init__(config)
         self.conv1, self.maxpool = _stem(config.stem, config.width)
         self.bn1 = BatchNorm(config.width)
         channels, stages = config.width, []
