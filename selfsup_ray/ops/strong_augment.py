@@ -140,8 +140,10 @@ def affine_matrices(which: Tensor, magnitudes: Tensor, *, side: int) -> Tensor:
 def autocontrast(images: Tensor) -> Tensor:
     """Return images with every channel stretched to 0..255 (Pillow's ImageOps.autocontrast)."""
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
-    # float64, since truncation turns an error of 1e-5 below a whole level into a level.
-    scale = 255.0 / (high - low).double()
+    # Pillow's very roundings in float64, since truncation makes a level of the last bit. (`255 / x`
+    # is a reciprocal and a product in torch, with one rounding more.)
+    span = (high - low).double()
+    scale = torch.full_like(span, 255.0) / span
     stretched = (images.double() * scale - low * scale).clamp_(0, 255).floor_().to(images.dtype)
     return torch.where(high > low, stretched, images)
 
