@@ -192,7 +192,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def explain(error: ValidationError, *, cls: type, prefix: str) -> str:
     """Return the first problem of a pydantic error as one sentence with its dotted key."""
     problem = error.errors()[0]
-    loc = [str(part) for part in problem["loc"]]
+    loc = _places(problem)
     key = ".".join(filter(None, [prefix, *_written(cls, loc)]))
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
@@ -204,10 +204,25 @@ def explain(error: ValidationError, *, cls: type, prefix: str) -> str:
             return f"`{key}` is required and has no default. Set it in the YAML file or as {key}=…."
         case "union_tag_not_found" | "union_tag_invalid":
             return _explain_variant(problem, f"{key}.name" if key else "name")
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    others = [_message(other) for other in error.errors() if _places(other) == loc]
+    message = ", or: ".join(dict.fromkeys(others))  # more than one for a union such as `str | int`
     plain = isinstance(problem["input"], str | int | float | list | tuple | None)
     shown = f" Got {problem['input']!r}." if plain else ""
     return f"`{key}`: {message}.{shown}" if key else f"{message}.{shown}"
+
+
+# What pydantic adds to an error's place for a member of a union: not a key that anyone wrote.
+_MEMBER = re.compile(
+    r"(str|int|float|bool|none|(tuple|list|dict|set|literal|constrained|function|is-instance)\W.*)$"
+)
+
+
+def _places(problem: Any) -> list[str]:
+    return [str(part) for part in problem["loc"] if not _MEMBER.match(str(part))]
+
+
+def _message(problem: Any) -> str:
+    return str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
 
 
 def _explain_variant(problem: Any, key: str) -> str:

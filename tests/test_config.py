@@ -59,6 +59,7 @@ class Pretext(Trained):
     method: Annotated[Contrast | Queue, Field(discriminator="name")] = Contrast()
     scale: tuple[float, float] = (0.2, 1.0)
     weights: Path | None = None
+    source: str | tuple[str, ...] | None = None
 
 
 @config
@@ -100,7 +101,7 @@ def test_the_same_bad_value_fails_from_python_yaml_and_override(tmp_path: Path):
 def test_an_unknown_key_is_refused_with_its_dotted_name_and_a_suggestion():
     assert message({"pretext": {"epoch": 3}}) == (
         "Unknown key `pretext.epoch`: did you mean `epochs`? "
-        "Allowed here: epochs, method, resources, scale, weight_decay, weights."
+        "Allowed here: epochs, method, resources, scale, source, weight_decay, weights."
     )
     assert "`pretext.resources.worker`: did you mean `workers`" in message(
         {"pretext": {"resources": {"worker": 2}}}
@@ -126,6 +127,12 @@ def test_a_rule_about_two_fields_names_both_and_its_place():
     assert problem == ("`pretext.method`: queue_size=100 must be a multiple of batch=256.")
     with pytest.raises(ConfigError, match=r"^queue_size=100 must be a multiple of batch=256\.$"):
         Queue(queue_size=100)
+
+
+def test_a_union_of_plain_types_says_what_each_of_them_wants():
+    problem = message({"pretext": {"source": 3}})
+    assert problem.startswith("`pretext.source`: Input should be a valid string, or: ")
+    assert problem.endswith("a valid tuple. Got 3.")
 
 
 def test_a_missing_required_key_is_named():
