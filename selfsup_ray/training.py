@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from selfsup_ray.artifacts import whole_file
 from selfsup_ray.collectives import all_sum, rank, world_size
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.errors import ConfigError, TrainingError
@@ -299,6 +301,20 @@ class _Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.meter.waited += time.perf_counter() - self.began
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write a state whole or not at all."""
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> State | None:
+    """Return the state in a file, on the CPU; None when there is no file."""
+    if not path.exists():
+        return None
+    state: State = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def restore(

@@ -1,0 +1,280 @@
+"""train: training.fit in Ray Train's workers, or in this process when workers is 0."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfsup_ray.cluster.session import connect, require_resources
+from selfsup_ray.collectives import rank
+from selfsup_ray.config import Resources
+from selfsup_ray.errors import ConfigError, TrainingError, UserError
+from selfsup_ray.progress import Track, track
+from selfsup_ray.tracking import Tracker
+from selfsup_ray.training import Record, State, TrainJob, fit, load_state, save_state
+
+POLL_S = 0.5
+"""Seconds between two looks at the records that the workers have written."""
+
+
+def train(
+    job: TrainJob, *, out: Path, tracker: Tracker, address: str | None = None, label: str = "train"
+) -> State:
+    """Train a job to its end and return its state; continue from `out/checkpoint.pt`.
+
+    Every checkpoint replaces that file, so the same call goes on after a worker, the driver or
+    the machine was killed, and ends with the same weights. `out` must be seen by all workers.
+    Records go from rank 0 through a file to this process, which alone talks to the tracker.
+    Raises what `fit` raises, and ResourceError at once when Ray cannot place the workers.
+    """
+    out = Path(out).resolve()
+    state = load_state(out / "checkpoint.pt")
+    with Live(job, tracker, label) as live:
+        if state is not None:
+            live.take(state["history"])  # a kill may have come before they were logged
+        if job.config.resources.workers == 0:
+            return _fit_here(job, out, state, live)
+        connect(address)
+        require_resources(job.config.resources, stage=label)
+        _fit_on_ray(job, out, live)
+    final = load_state(out / "checkpoint.pt")
+    assert final is not None, f"{out} has no checkpoint after a finished training"
+    return final
+
+
+class Live:
+    """Takes records in this process: into the tracker and onto the progress bar, each once."""
+
+    def __init__(self, job: TrainJob, tracker: Tracker, label: str) -> None:
+        self.job, self.tracker, self.label = job, tracker, label
+        self.step = 0
+        self._bar: Track | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Live:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def take(self, records: list[Record]) -> None:
+        """Log new records; steps that were taken before are left out."""
+        new = [record for record in records if record["step"] > self.step]
+        if not new:
+            return
+        self.tracker.log(new)
+        size, last = self.job.config.batch_size, new[-1]
+        if self._bar is None:
+            steps = round(self.job.config.epochs * last["step"] / last["epoch"])
+            self._bar = self._stack.enter_context(track(self.label, steps * size, "images"))
+            self._bar.skip(int(self.step or new[0]["step"]) * size)
+        note = f"epoch {last['epoch']:.1f}, loss {last['loss']:.4g}, lr {last['lr']:.3g}"
+        self._bar.advance(int(last["step"] - self.step) * size, note)
+        self.step = int(last["step"])
+
+
+def _fit_here(job: TrainJob, out: Path, state: State | None, live: Live) -> State:
+    with threads(job.config.resources):
+        objective, dataset, make_views = job.built()
+        return fit(
+            objective,
+            dataset,
+            make_views,
+            job.config,
+            device=job.device,
+            state=state,
+            on_checkpoint=partial(save_state, out / "checkpoint.pt"),
+            on_log=lambda record: live.take([record]),
+        )
+
+
+@contextmanager
+def threads(resources: Resources) -> Iterator[None]:
+    """Give torch as many threads as a worker has CPUs: the order of sums depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(resources.cpus)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
+    """Run `_worker` on every rank; a run of Ray's own is new each time, its folder temporary."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources, folder = job.config.resources, out / "ray_train"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    trainer = TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # its answer is result.return_value
+        train_loop_config={"job": job, "out": str(out)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=_per_worker(resources),
+        ),
+        run_config=RunConfig(
+            name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=job.config.max_failures),
+        ),
+    )
+    with followed(records_file(out), live.take), interruptible():
+        outcome = _outcome(trainer.fit)
+    shutil.rmtree(folder, ignore_errors=True)
+    if outcome is None:  # Ray Train takes Ctrl-C itself and returns
+        raise KeyboardInterrupt
+    if "error" in outcome:
+        raise {"ConfigError": ConfigError, "TrainingError": TrainingError}[outcome["error"]](
+            outcome["message"]
+        )
+
+
+def _per_worker(resources: Resources) -> dict[str, float]:
+    asked = {"CPU": float(resources.cpus), "GPU": float(resources.gpus)}
+    return {kind: amount for kind, amount in asked.items() if amount > 0}
+
+
+def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
+    """Return what rank 0's `_worker` returned, None if it was interrupted.
+
+    Raises a worker's UserError as itself, anything else as Ray Train's error.
+    """
+    from ray.train import WorkerGroupError
+
+    try:
+        value: dict[str, str] | None = run().return_value
+    except WorkerGroupError as error:
+        for cause in error.worker_failures.values():
+            if isinstance(cause, UserError):
+                raise cause from error
+        raise
+    return value
+
+
+def _worker(task: dict[str, Any]) -> dict[str, str]:
+    """Body of one Ray Train worker: build here, continue if restarted, fit."""
+    job, out = task["job"], Path(task["out"])
+    path = out / "checkpoint.pt"
+    with threads(job.config.resources):
+        objective, dataset, make_views = job.built()
+        try:
+            fit(
+                objective,
+                dataset,
+                make_views,
+                job.config,
+                device=_device(job),
+                state=load_state(path),
+                on_checkpoint=partial(_report, path),
+                on_log=partial(_write_record, records_file(out)),
+            )
+        except (ConfigError, TrainingError) as error:
+            # Raised by every rank alike, and again after a restart: so an answer, not a failure.
+            return {"error": type(error).__name__, "message": str(error)}
+    return {"finished": str(out)}
+
+
+def _device(job: TrainJob) -> torch.device:
+    from ray.train.torch import get_device
+
+    device = get_device() if job.device == "cuda" else torch.device("cpu")
+    assert isinstance(device, torch.device), "a worker has one device"
+    return device
+
+
+def _report(path: Path, state: State) -> None:
+    """Write the checkpoint on rank 0, then report from every rank, since that is a barrier.
+
+    The file itself is what a restarted worker or driver continues from, so Ray gets no copy.
+    """
+    import ray.train
+
+    if rank() == 0:
+        save_state(path, state)
+    ray.train.report(state["history"][-1])
+
+
+def records_file(out: Path) -> Path:
+    """Return the file through which rank 0 sends its records to the driver."""
+    return out / "ray_train" / "records.jsonl"
+
+
+def _write_record(path: Path, record: Record) -> None:
+    if rank() == 0:
+        with open(path, "a") as file:
+            file.write(f"\n{json.dumps(record)}\n")  # after what a killed worker left of a line
+
+
+@contextmanager
+def followed(path: Path, take: Callable[[list[Record]], None]) -> Iterator[None]:
+    """Give the lines that appear in a file to `take`, in a thread, while the block runs.
+
+    An error of `take` is raised at the end of the block.
+    """
+    done, errors = threading.Event(), list[Exception]()
+
+    def follow() -> None:
+        place = 0
+        while True:
+            ending = done.wait(POLL_S)
+            try:
+                records, place = read_new(path, place)
+                take(records)
+            except Exception as error:
+                errors.append(error)
+                return
+            if ending:
+                return
+
+    thread = threading.Thread(target=follow, name="records", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def read_new(path: Path, place: int) -> tuple[list[Record], int]:
+    """Return the records of the whole lines after byte `place`, and the place behind them.
+
+    A line that a killed worker left unfinished is no record; the restarted one writes it again.
+    """
+    if not path.exists():
+        return [], place
+    with open(path, "rb") as file:
+        file.seek(place)
+        text = file.read()
+    whole = text.rfind(b"\n") + 1
+    lines = text[:whole].splitlines()
+    return [json.loads(line) for line in lines if line.endswith(b"}")], place + whole
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Put Ctrl-C back as it was: Ray Train leaves a handler behind that ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, before)
