@@ -145,7 +145,7 @@ class SelfLabel(Objective):
             self._before = [x.detach().clone() for x in self._averaged()]
         with torch.no_grad():
             weak_logits = self._logits(weak)
-        # Autocast must not reuse weights that it cast without gradient.
+        # Before torch's change 165068, autocast reused weights that it had cast without gradient.
         torch.clear_autocast_cache()
         strong_logits = self._logits(strong)
         result = confident_cross_entropy(
