@@ -1,0 +1,128 @@
+"""The stage `pretext`: an encoder learned from the images alone, by SimCLR or MoCo."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from selfsup_ray.artifacts import begin, finish
+from selfsup_ray.config import NonNegative, Positive, config
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.data.datasets import Images
+from selfsup_ray.data.views import ScanSimCLRViews, Views, ViewsConfig
+from selfsup_ray.models.backbones import Backbone, BackboneConfig, ResNetConfig, build_backbone
+from selfsup_ray.models.encoder import Encoder, save_encoder
+from selfsup_ray.models.pretext import (
+    MoCo,
+    PretextMethod,
+    SimCLR,
+    SimCLRConfig,
+    build_pretext,
+    check_method,
+)
+from selfsup_ray.models.weights import load_foreign
+from selfsup_ray.optim import CosineSchedule, OptimConfig, ScheduleConfig, SGDConfig
+from selfsup_ray.stages.trained import image_input, last_record, trained
+from selfsup_ray.training import TrainConfig
+
+if TYPE_CHECKING:
+    from selfsup_ray.models.objective import Objective
+    from selfsup_ray.tracking import Tracker
+    from selfsup_ray.training import MakeViews
+
+log = logging.getLogger(__name__)
+
+
+@config
+class PretextConfig(TrainConfig):
+    """How the encoder is trained; the defaults are SCAN's for CIFAR-10 (SimCLR, ResNet-18)."""
+
+    method: PretextMethod = SimCLRConfig()
+    backbone: BackboneConfig = ResNetConfig()
+    views: ViewsConfig = ScanSimCLRViews()
+    initial_weights: Path | None = None
+    """A published checkpoint to start the backbone from: torchvision, MoCo, safetensors."""
+    output: Literal["backbone", "head"] = "backbone"
+    """Whose unit rows `embed` writes; SCAN mines neighbors with the head's for SimCLR."""
+    epochs: NonNegative = 500
+    """0 keeps `initial_weights` as they are."""
+    batch_size: Positive = 512
+    optim: OptimConfig = SGDConfig(lr=0.4)
+    schedule: ScheduleConfig = CosineSchedule(final_ratio=1e-3, per="epoch")
+
+    def __post_init__(self) -> None:
+        if self.epochs == 0 and self.initial_weights is None:
+            raise ValueError("epochs=0 needs initial_weights, or nothing has been learned")
+        if self.epochs == 0 and self.output == "head":
+            raise ValueError("output=head needs epochs of 1 or more: initial_weights fill no head")
+
+
+def pretrain(
+    corpus: Corpus,
+    config: PretextConfig | None = None,
+    *,
+    out: str | Path,
+    tracker: Tracker | None = None,
+) -> Encoder:
+    """Return the encoder trained on a corpus; no labels are read.
+
+    Raises ConfigError before any work when the batch or the queue cannot be cut as asked.
+    """
+    config, out = config or PretextConfig(), Path(out)
+    inputs = {"corpus": corpus.fingerprint}
+    if begin(out, stage="pretext", config=config, inputs=inputs):
+        return Encoder.open(out)
+    began = time.perf_counter()
+    if config.epochs == 0:
+        return _keep_initial(corpus, config, out=out, inputs=inputs, began=began)
+    check_method(config.method, batch_size=config.batch_size)
+    build = partial(_build, corpus, config)
+    objective, state = trained(build, config, stage="pretext", out=out, tracker=tracker)
+    assert isinstance(objective, SimCLR | MoCo)
+    save_encoder(
+        out,
+        backbone=objective.encoder(),
+        head=objective.head,
+        output=config.output,
+        images=image_input(corpus, config.views),
+    )
+    seconds = time.perf_counter() - began
+    facts = last_record(state)
+    finish(out, stage="pretext", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return Encoder.open(out)
+
+
+def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Images, MakeViews]:
+    backbone = _initial_backbone(config)
+    objective = build_pretext(config.method, backbone, seed=config.seed)
+    views = Views(config.views, image_size=corpus.image_size, seed=config.seed)
+    return objective, Images(corpus), views
+
+
+def _initial_backbone(config: PretextConfig) -> Backbone:
+    if config.initial_weights is None:
+        return build_backbone(config.backbone, seed=config.seed)
+    foreign = load_foreign(config.initial_weights, config.backbone)
+    if foreign.unused:
+        log.info(
+            "pretext: %d keys of %s are not the backbone's and were left out: %s",
+            len(foreign.unused),
+            config.initial_weights,
+            ", ".join(foreign.unused),
+        )
+    return foreign.backbone
+
+
+def _keep_initial(
+    corpus: Corpus, config: PretextConfig, *, out: Path, inputs: dict[str, str], began: float
+) -> Encoder:
+    """Save published weights as the encoder, untrained by us."""
+    images = image_input(corpus, config.views)
+    encoder = save_encoder(out, backbone=_initial_backbone(config), images=images)
+    seconds = time.perf_counter() - began
+    finish(out, stage="pretext", config=config, inputs=inputs, seconds=seconds)
+    return encoder
