@@ -6,7 +6,10 @@ reads its rows from disk again.
 
 from __future__ import annotations
 
+import logging
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,78 +17,103 @@ from selfsup_ray.artifacts import Array, ShardedArray
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, merge_neighbors, pair_similarity
 
+log = logging.getLogger(__name__)
+
 _EXTRA = 11  # fetched beyond k, so that float32 errors around the k-th place can be settled
 _ROWS_READ = 65536
 _NONE = np.iinfo(np.int64).max
 
 
 class IndexShard:
-    """faiss flat index over rows [start, stop) of an (N, d) array of unit float32 rows.
+    """faiss flat index over some rows of an (N, d) array of unit float32 rows.
 
-    Its answers are exact in the sense of `ops.neighbors`: float32 candidates from faiss, the
-    similarities summed again as defined there, and the few queries whose k-th place the error of
-    float32 leaves open searched in float64. So they do not depend on how rows are cut into shards.
+    Its answers are exact in the sense of `ops.neighbors`, so they do not depend on how rows are
+    cut into shards. The rows are read at the first question: an actor whose constructor fails
+    can only die, while a method can say what is wrong.
     """
 
-    def __init__(self, path: Path, *, start: int, stop: int, threads: int | None = None) -> None:
-        """Read the rows from the folder of a ShardedArray.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        start: int,
+        stop: int,
+        only: Path | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Stand for rows [start, stop) of the ShardedArray in a folder.
 
+        only: a .npy file with ascending ids; [start, stop) then counts in this list.
         threads: OpenMP threads of faiss in this process; None leaves them as they are.
-        Raises ArtifactError when rows are missing or not finite.
         """
-        import faiss
+        self.path, self.start, self.stop = path, start, stop
+        self.only, self.threads = only, threads
 
-        array = ShardedArray.open(path)
-        assert array.dtype == np.float32, f"{path}: {array.dtype} rows, want float32"
-        self.start, self.dim = start, int(array.shape[1])
-        # Below this many numbers faiss leaves BLAS, and a flat search is 4 to 17 times slower;
-        # its default of 128,000 assumes d near 128. A single query stays on the scalar path.
-        faiss.cvar.distance_compute_blas_threshold = 16 * self.dim
-        if threads is not None:
-            faiss.omp_set_num_threads(threads)
-        # Filled in place: `add` would hold every row twice while it copies.
-        self.index = faiss.IndexFlatIP(self.dim)
-        self.index.codes.resize((stop - start) * self.dim * 4)
-        self.rows: Array = np.empty((0, self.dim), np.float32)
-        if stop > start:
-            view = faiss.rev_swig_ptr(self.index.get_xb(), (stop - start) * self.dim)
-            self.rows = view.reshape(stop - start, self.dim)
-        self.max_norm = _read(array, start, into=self.rows)
-        self._keep_distinct_rows()
+    @cached_property
+    def flat(self) -> FlatIndex:
+        """The index itself. Raises ArtifactError when rows are missing or not finite."""
+        ids = np.arange(self.start, self.stop)
+        if self.only is not None:
+            ids = np.load(self.only)[self.start : self.stop]
+        return FlatIndex(ShardedArray.open(self.path), ids, threads=self.threads)
 
-    def _keep_distinct_rows(self) -> None:
-        """Index equal rows once: thousands of blank images would tie with each other otherwise."""
-        order, group_starts = group_equal_rows(self.rows)
-        self.members = order + self.start  # ids, group by group, ascending within a group
-        self.group_starts = group_starts  # (groups + 1,)
-        first = order[group_starts[:-1]]  # ascending, so rows only ever move towards the front
-        self.index.ntotal = len(first)
-        if len(first) == len(self):
+    def search(self, queries: Array, k: int) -> Neighbors:
+        """Return the min(k, number of rows) nearest rows of each query, by global id.
+
+        queries: (n, d) float32 unit rows; n of a few hundred to a few thousand keeps BLAS busy.
+        """
+        return self.flat.search(queries, k)
+
+    def search_stored(self, path: Path, start: int, stop: int, k: int) -> Neighbors:
+        """Return `search` of rows [start, stop) of a stored array: a path travels, not the rows."""
+        return self.flat.search(ShardedArray.open(path).rows(np.arange(start, stop)), k)
+
+
+class FlatIndex:
+    """Exact search in memory: float32 candidates from faiss, then settled in float64.
+
+    The similarities of candidates are summed again as `ops.neighbors` defines them, and the few
+    queries whose k-th place the error of float32 leaves open are searched in float64.
+    """
+
+    def __init__(self, array: ShardedArray, ids: Array, *, threads: int | None = None) -> None:
+        """Read the rows of these ascending ids. Raises ArtifactError when one is not finite."""
+        assert array.dtype == np.float32, f"{array.path}: {array.dtype} rows, want float32"
+        self.dim = int(array.shape[1])
+        self.index, self.rows = _flat_index(len(ids), self.dim, threads)
+        self.max_norm = _read(array, ids, into=self.rows)
+        order, self.group_starts = group_equal_rows(self.rows)
+        self.members = ids[order]  # group by group, ascending within a group
+        self._keep_first(order[self.group_starts[:-1]])
+
+    def _keep_first(self, first: Array) -> None:
+        """Index equal rows once: thousands of blank images would tie with each other otherwise.
+
+        first: the position of each group's first row, ascending: rows only move to the front.
+        """
+        if len(first) == len(self.rows):
             return
         for i in range(0, len(first), _ROWS_READ):
             piece = first[i : i + _ROWS_READ]
             self.rows[i : i + len(piece)] = self.rows[piece]
         self.rows = self.rows[: len(first)]
-
-    def __len__(self) -> int:
-        return len(self.members)
+        if self.index is not None:
+            self.index.ntotal = len(first)
 
     def search(self, queries: Array, k: int) -> Neighbors:
-        """Return the min(k, len(self)) nearest rows of each query, by global id.
-
-        queries: (n, d) float32 unit rows; n of a few hundred to a few thousand keeps BLAS busy.
-        """
+        """Return the min(k, number of rows) nearest rows of each query (n, d), by id."""
         queries = np.ascontiguousarray(queries, np.float32)
         assert np.isfinite(queries).all(), "queries must be finite"
-        if not len(self) or not len(queries):
-            width = min(k, len(self))
-            shape = (len(queries), width)
+        k = min(k, len(self.members))
+        if not k or not len(queries):
+            shape = (len(queries), k)
             return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
-        found = self._distinct(queries, min(k, len(self.rows)))
-        return self._expand(found, min(k, len(self)))
+        return self._expand(self._distinct(queries, min(k, len(self.rows))), k)
 
     def _distinct(self, queries: Array, k: int) -> Neighbors:
         """Return the k nearest distinct rows, by position in `self.rows`."""
+        if self.index is None:
+            return exact_topk(queries, self.rows, k=k)
         wide = min(k + _EXTRA, len(self.rows))
         rough, positions = self.index.search(queries, wide)
         exact = pair_similarity(queries, self.rows[positions])
@@ -107,7 +135,7 @@ class IndexShard:
         """Return lists of ids from lists of distinct rows: each stands for all its equals."""
         first, counts = self.group_starts[found.ids], np.diff(self.group_starts)[found.ids]
         ids, similarity = self.members[first], found.similarity
-        if len(self.rows) == len(self):
+        if len(self.rows) == len(self.members):
             return Neighbors(ids, similarity)
         out = Neighbors(np.empty((len(ids), k), np.int64), np.empty((len(ids), k), np.float32))
         step = 512
@@ -126,6 +154,29 @@ class IndexShard:
             merged = merge_neighbors(parts, k=k)
             out.ids[here], out.similarity[here] = merged.ids, merged.similarity
         return out
+
+
+def _flat_index(n: int, dim: int, threads: int | None) -> tuple[Any, Array]:
+    """Return a faiss index for n rows and a view of its memory, still to be filled.
+
+    `add` would hold every row twice while it copies. Without faiss: None and plain memory.
+    """
+    try:
+        import faiss
+    except ImportError:
+        log.warning("faiss is not installed: the search uses numpy, same result, 4 times slower")
+        return None, np.empty((n, dim), np.float32)
+    # Below this many numbers faiss leaves BLAS, and a flat search is 4 to 17 times slower; its
+    # default of 128,000 assumes many queries or a large d. One query stays on the scalar path.
+    faiss.cvar.distance_compute_blas_threshold = 16 * dim
+    if threads is not None:
+        faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(dim)
+    index.codes.resize(n * dim * 4)
+    index.ntotal = n
+    if n == 0:
+        return index, np.empty((0, dim), np.float32)
+    return index, faiss.rev_swig_ptr(index.get_xb(), n * dim).reshape(n, dim)
 
 
 def group_equal_rows(rows: Array) -> tuple[Array, Array]:
@@ -156,18 +207,19 @@ def group_equal_rows(rows: Array) -> tuple[Array, Array]:
     return order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def _read(array: ShardedArray, start: int, *, into: Array) -> float:
-    """Fill `into` with rows from `start` on; return the largest norm."""
+def _read(array: ShardedArray, ids: Array, *, into: Array) -> float:
+    """Fill `into` with the rows of ids; return the largest norm."""
     largest = 0.0
-    for i in range(0, len(into), _ROWS_READ):
-        stop = min(i + _ROWS_READ, len(into))
-        into[i:stop] = array.rows(np.arange(start + i, start + stop))
-        norms = np.sqrt(np.einsum("nd,nd->n", into[i:stop], into[i:stop], dtype=np.float64))
+    for i in range(0, len(ids), _ROWS_READ):
+        part = ids[i : i + _ROWS_READ]
+        rows = into[i : i + len(part)]
+        rows[:] = array.rows(part)
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
         if not np.isfinite(norms).all():
-            bad = start + i + int(np.flatnonzero(~np.isfinite(norms))[0])
             raise ArtifactError(
-                f"{array.path} holds a number that is not finite in row {bad}. "
-                f"Look at the encoder's training for divergence, then embed again."
+                f"{array.path} holds a number that is not finite in row "
+                f"{part[~np.isfinite(norms)][0]}. Look at the encoder's training for divergence, "
+                f"then embed again."
             )
         largest = max(largest, float(norms.max()))
     return largest

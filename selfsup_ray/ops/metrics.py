@@ -225,11 +225,12 @@ def effective_rank(rows: Array) -> float:
 
 
 def embedding_std(rows: Array) -> float:
-    """Return the standard deviation of a dimension, averaged over dimensions (SimSiam, sec. 4.1).
+    """Return the spread of unit rows (n, d): 1 when even over the sphere, 0 on collapse.
 
-    rows: (n, d) unit rows. 1/sqrt(d) when the rows spread evenly over the sphere, 0 on collapse.
+    It is the mean over dimensions of the standard deviation over rows, times sqrt(d)
+    (Chen and He 2021, section 4.1): the same measure that training logs.
     """
-    return float(np.asarray(rows, np.float64).std(axis=0).mean())
+    return float(np.asarray(rows, np.float64).std(axis=0).mean() * np.sqrt(rows.shape[1]))
 
 
 def uniformity(rows: Array, *, t: float = 2.0) -> float:

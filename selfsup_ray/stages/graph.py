@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from selfsup_ray.artifacts import ShardedArray, read_done
+import numpy as np
+
+from selfsup_ray.artifacts import (
+    Array,
+    ShardedArray,
+    begin,
+    finish,
+    read_done,
+    require_disk,
+)
+from selfsup_ray.cluster.neighbors import Search
 from selfsup_ray.config import NonNegative, Positive, Resources, Share, config
+from selfsup_ray.errors import ConfigError
+from selfsup_ray.ops.metrics import Tally, neighbor_agreement, wilson
+from selfsup_ray.ops.neighbors import best_products, pair_similarity, recall
+from selfsup_ray.ops.rng import permuted
+from selfsup_ray.progress import track
+from selfsup_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+Labels = Array | Callable[[], Array]
+"""(N,) class of every image, -1 unknown, or a function that returns it, such as `corpus.labels`."""
+
+
+class Features(Protocol):
+    """An array of unit rows with the hash of what made it; `Embeddings` is one."""
+
+    @property
+    def array(self) -> ShardedArray: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 @config
@@ -25,6 +59,14 @@ class GraphConfig:
     seed: NonNegative = 0
     """Chooses the images of the recall sample."""
     resources: Resources = Resources()
+    """`workers` actors share the rows; 0 searches in this process, without Ray. CPUs only."""
+
+    def __post_init__(self) -> None:
+        if self.resources.gpus:
+            raise ValueError(
+                f"`resources.gpus` is {self.resources.gpus}, but index={self.index!r} searches on "
+                f"CPUs; set it to 0"
+            )
 
 
 class Graph:
@@ -73,3 +115,131 @@ class Graph:
         """Share of neighbors with their image's class where both are known; None without labels."""
         value = self.facts.get("neighbor_accuracy")
         return None if value is None else float(value)
+
+
+def build_graph(
+    features: Features,
+    config: GraphConfig | None = None,
+    *,
+    out: Path | str,
+    labels: Labels | None = None,
+    tracker: Tracker | None = None,
+) -> Graph:
+    """Build the kNN graph of all images and measure its recall; return the handle.
+
+    features: the embeddings, unit rows. labels are only used to report the neighbor accuracy.
+    Shards that an interrupted run wrote are kept. Raises ConfigError when k is not below the
+    number of images or the recall is below `min_recall`.
+    """
+    config, out, began = config or GraphConfig(), Path(out), time.monotonic()
+    array = features.array
+    _require_neighbors(config.k, len(array))
+    inputs = {"features": features.fingerprint}
+    if begin(out, stage="graph", config=config, inputs=inputs):
+        log.info("graph: %s is current", out)
+        return Graph.open(out)
+    ids = _search(array, config, out)
+    facts = measure_recall(array, ids, sample=config.recall_sample, seed=config.seed)
+    if facts["recall"] < config.min_recall:
+        raise ConfigError(
+            f"{out}: the graph holds {facts['recall']:.3f} of the true neighbors, below "
+            f"graph.min_recall={config.min_recall}. Search more widely, or lower graph.min_recall."
+        )
+    if labels is not None:
+        facts |= _neighbor_accuracy(ids, labels() if callable(labels) else labels)
+    seconds = time.monotonic() - began
+    if tracker is not None:
+        tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
+    finish(out, stage="graph", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    n, checked = f"{len(array):,}", f"{facts['recall_sample']:,}"
+    text = "graph: %s images, k=%d, recall %.4f (%s sampled), %.1f s"
+    log.info(text, n, config.k, facts["recall"], checked, seconds)
+    return Graph.open(out)
+
+
+def _require_neighbors(k: int, n: int) -> None:
+    if k >= n:
+        raise ConfigError(
+            f"`graph.k` is {k}, but the corpus has {n} image{'s' * (n != 1)}, each with "
+            f"{max(0, n - 1)} others. Set graph.k below {n}, or add images."
+        )
+
+
+def _search(array: ShardedArray, config: GraphConfig, out: Path) -> ShardedArray:
+    """Write the shards of ids and similarity that are missing; return the ids."""
+    ids, similarity = _create(array, out, k=config.k)
+    with track("graph", len(array), "images") as progress:
+        written = [
+            rows
+            for i, rows in enumerate(array.shard_rows)
+            if ids.is_written(i) and similarity.is_written(i)
+        ]
+        progress.skip(sum(written))
+        if len(written) < array.num_shards:
+            with Search(array, config.resources) as search:
+                for i in search.write_lists(ids, similarity):
+                    progress.advance(array.shard_rows[i])
+    return ids
+
+
+def _create(array: ShardedArray, out: Path, *, k: int) -> tuple[ShardedArray, ShardedArray]:
+    """Return the arrays of ids and similarity, cut at the rows of the embeddings."""
+    dtype = np.dtype(np.int32 if len(array) < 2**31 else np.int64)
+    require_disk(out, size_bytes=len(array) * k * (dtype.itemsize + 4))
+    rows, shape = array.shard_rows, (k,)
+    ids = ShardedArray.create(out / "ids", shard_rows=rows, row_shape=shape, dtype=dtype.name)
+    similarity = ShardedArray.create(
+        out / "similarity", shard_rows=rows, row_shape=shape, dtype="float32"
+    )
+    return ids, similarity
+
+
+def measure_recall(
+    array: ShardedArray, ids: ShardedArray, *, sample: int, seed: int
+) -> dict[str, Any]:
+    """Return the recall of the lists of `sample` images, with its 95 % interval, as facts.
+
+    The true neighbors come from a float64 matrix product over all rows, which shares no code with
+    the search. The interval is Wilson's with an image as the unit, since the k entries of one
+    list are not independent; that makes it too wide rather than too narrow.
+    """
+    n, k, dim = len(array), ids.shape[1], array.shape[1]
+    sample = min(sample, n)
+    chosen = np.sort(permuted(np.arange(sample), n=n, seed=seed, epoch=0))
+    queries, listed = array.rows(chosen), ids.rows(chosen)
+    best = best_products(queries, _row_blocks(array), k=k, own=chosen)
+    shares = []
+    for a in range(0, sample, 64):
+        rows = array.rows(listed[a : a + 64].ravel()).reshape(-1, k, dim)
+        found = pair_similarity(queries[a : a + 64], rows)
+        shares.append(recall(found, best[a : a + 64]))
+    share = float(np.concatenate(shares).mean())
+    low, high = wilson(share, sample)
+    return {"recall": share, "recall_interval": [low, high], "recall_sample": sample}
+
+
+def _row_blocks(array: ShardedArray) -> Iterator[tuple[int, Array]]:
+    """Yield (first id, rows) over the whole array."""
+    for i in range(array.num_shards):
+        for a in range(0, array.shard_rows[i], 8192):
+            yield int(array.offsets[i]) + a, array.shard(i)[a : a + 8192]
+
+
+def _neighbor_accuracy(ids: ShardedArray, labels: Array) -> dict[str, Any]:
+    """Return the share of neighbors with their image's class, over the first 1, 5 and all k."""
+    if len(labels) != len(ids):
+        raise ConfigError(f"{len(labels)} labels were given for a graph of {len(ids)} images.")
+    places = sorted({1, min(5, ids.shape[1]), ids.shape[1]})
+    tallies = dict.fromkeys(places, Tally())
+    for i in range(ids.num_shards):
+        own = labels[ids.offsets[i] : ids.offsets[i + 1]]
+        neighbors = labels[ids.shard(i)]
+        for place in places:
+            tallies[place] += neighbor_agreement(own, neighbors[:, :place])
+    if not tallies[places[-1]].of:
+        return {}
+    return {
+        "neighbor_accuracy": tallies[places[-1]].share,
+        "neighbor_accuracy_at": {str(place): tallies[place].share for place in places},
+        "neighbor_pairs_labelled": tallies[places[-1]].of,
+    }
