@@ -23,6 +23,10 @@ from selfsup_ray.errors import ArtifactError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# Keys of a stage's config that may stop a run or speed it up but never change its result: a
+# folder may be continued with other values.
+WITHOUT_EFFECT = ("resources", "max_bad_share")
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -156,14 +160,14 @@ class ShardedArray:
 
 
 def fingerprint(config: Any, inputs: Mapping[str, str]) -> str:
-    """Return a hash of what decides a result: the config less `resources`, and the inputs."""
+    """Return a hash of what decides a result: the config less WITHOUT_EFFECT, and the inputs."""
     text = json.dumps([_deciding(config), dict(sorted(inputs.items()))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _deciding(config: Any) -> dict[str, Any]:
     values = to_dict(config)
-    return {key: item for key, item in values.items() if key != "resources"}
+    return {key: item for key, item in values.items() if key not in WITHOUT_EFFECT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +240,7 @@ def require_same(out: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]
 
 
 def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
-    config = {k: v for k, v in described["config"].items() if k != "resources"}
+    config = {k: v for k, v in described["config"].items() if k not in WITHOUT_EFFECT}
     return {"stage": described["stage"], "config": config, "inputs": described["inputs"]}
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,125 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfsup_ray.artifacts import Array, read_done, read_json, whole_file, write_json
+from selfsup_ray.artifacts import Array, read_done, read_json
+from selfsup_ray.data.shard_files import Encoding, shard_path
 from selfsup_ray.errors import ArtifactError
 
-Encoding = Literal["raw", "jpeg", "png"]
-
-# Large offsets: 2,048 raw images of 1,024 px pass the 2 GiB that 32-bit offsets can address.
-SCHEMA = pa.schema(
-    [
-        ("image", pa.large_binary()),
-        ("label", pa.int64()),
-        ("source", pa.string()),
-        ("digest", pa.binary(16)),
-    ]
-)
 MAX_OPEN_SHARDS = 16_384  # Linux allows about 65,000 memory maps per process
-
-
-def digest(data: bytes) -> bytes:
-    """Return the 16-byte BLAKE2b digest of a file's own bytes: equal digests are duplicates."""
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def shard_path(corpus: Path, i: int) -> Path:
-    """Return the file of shard i."""
-    return corpus / "shards" / f"{i:05d}.arrow"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one shard before they are written.
-
-    images: (n, S, S, 3) uint8 for encoding `raw`, else n encoded files; labels: -1 is unknown;
-    digests: (n, 16) uint8.
-    """
-
-    images: Array | Sequence[bytes]
-    labels: Array
-    sources: Sequence[str]
-    digests: Array
-
-
-def write_shard(corpus: Path, i: int, rows: Rows, facts: Mapping[str, str]) -> None:
-    """Write shard i whole or not at all; facts travel in the file's schema metadata."""
-    columns = [
-        _binary_column(rows.images),
-        pa.array(rows.labels, pa.int64()),
-        pa.array(list(rows.sources), pa.string()),
-        pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(16),
-            len(rows.labels),
-            [None, pa.py_buffer(np.ascontiguousarray(rows.digests))],
-        ),
-    ]
-    schema = SCHEMA.with_metadata(dict(facts))
-    with whole_file(shard_path(corpus, i)) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
-def encoded(images: Array, *, encoding: Encoding, quality: int) -> Array | list[bytes]:
-    """Return (n, S, S, 3) images as `write_shard` takes them; quality is JPEG's, 1 to 100."""
-    match encoding:
-        case "raw":
-            return images
-        case "jpeg":
-            # No chroma subsampling: the images are small, and colors matter.
-            return [
-                simplejpeg.encode_jpeg(image, quality, colorsubsampling="444", fastdct=False)
-                for image in np.ascontiguousarray(images)
-            ]
-        case "png":
-            return [_png(image) for image in images]
-
-
-def _png(image: Array) -> bytes:
-    file = BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
-def _binary_column(images: Array | Sequence[bytes]) -> pa.Array:
-    if not isinstance(images, np.ndarray):
-        return pa.array(list(images), pa.large_binary())
-    row_bytes = int(np.prod(images.shape[1:], dtype=np.int64))
-    offsets = np.arange(len(images) + 1, dtype=np.int64) * row_bytes
-    # From the buffer itself: one copy of a shard in memory, not two.
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(images))]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)
-
-
-def read_facts(corpus: Path, i: int) -> dict[str, str]:
-    """Return the facts `write_shard` stored with shard i."""
-    with pa.memory_map(str(shard_path(corpus, i))) as file:
-        metadata = pa.ipc.open_file(file).schema.metadata or {}
-    return {key.decode(): value.decode() for key, value in metadata.items()}
-
-
-def write_manifest(
-    corpus: Path,
-    *,
-    shard_rows: Sequence[int],
-    image_size: int,
-    encoding: Encoding,
-    class_names: Sequence[str] | None,
-    num_labelled: int,
-    content: str,
-    counts: Mapping[str, Any],
-) -> None:
-    """Write corpus.json: what the shards hold. content: hash over all digests and labels."""
-    manifest = {
-        "shard_rows": list(shard_rows),
-        "image_size": image_size,
-        "encoding": encoding,
-        "class_names": None if class_names is None else list(class_names),
-        "num_labelled": num_labelled,
-        "content": content,
-        "counts": dict(counts),
-    }
-    write_json(corpus / "corpus.json", manifest)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class ImageError(ArtifactError):
         self.detail = detail
 
 
+def too_many_bytes(size_bytes: int, max_bytes: int) -> ImageError:
+    """Return the error of a file that is not even read."""
+    return ImageError("too_large", f"{size_bytes} bytes, at most {max_bytes} are allowed")
+
+
 @dataclass(frozen=True)
 class Decoded:
     """pixels: (H, W, 3) uint8, upright; notes: codes of what had to be interpreted.

@@ -10,8 +10,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from selfsup_ray.artifacts import Array, begin, finish
-from selfsup_ray.data.corpus import Corpus, Encoding, Rows, encoded, write_manifest, write_shard
-from selfsup_ray.data.corpus import digest as digest_of
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.data.shard_files import (
+    Encoding,
+    Rows,
+    digest,
+    encoded,
+    write_manifest,
+    write_shard,
+)
 
 SHAPES = ("circle", "cross", "square", "triangle")
 COLORS = {
@@ -91,7 +98,7 @@ def corpus_of_arrays(
     cuts = range(0, len(images), shard_size)
     for i, start in enumerate(cuts):
         part = images[start : start + shard_size]
-        digests = np.frombuffer(b"".join(digest_of(row.tobytes()) for row in part), np.uint8)
+        digests = np.frombuffer(b"".join(digest(row.tobytes()) for row in part), np.uint8)
         rows = Rows(
             images=encoded(part, encoding=encoding, quality=95),
             labels=labels[start : start + shard_size],

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfsup_ray.data.corpus import Corpus, digest
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.data.shard_files import digest
 from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
 from selfsup_ray.errors import ArtifactError
 

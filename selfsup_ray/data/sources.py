@@ -1,0 +1,256 @@
+"""What ingest can read: one string becomes a sorted stream of items, an item becomes bytes."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import itertools
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import pyarrow as pa
+
+from selfsup_ray.data.archives import (
+    TAR_SUFFIXES,
+    ZIP_SUFFIXES,
+    broken,
+    read_members,
+    tar_items,
+    zip_items,
+)
+from selfsup_ray.data.bundled import PREFIX, bundled_path
+from selfsup_ray.data.decode import ImageError, Reason, too_many_bytes
+from selfsup_ray.data.kinds import HEAD_BYTES, is_candidate, is_hidden, suffix_of
+from selfsup_ray.data.listing import Item, shown
+from selfsup_ray.data.tables import Columns, csv_manifest, holds_images, parquet_items, read_rows
+from selfsup_ray.errors import ArtifactError
+
+MANIFEST_SUFFIXES = (".csv", ".tsv")
+
+
+class Source:
+    """Everything that one or more source strings offer; `items` lists it, in a fixed order.
+
+    `skipped` counts, while listing, files that are no images, by suffix.
+    """
+
+    def __init__(self, source: str | Sequence[str], columns: Columns) -> None:
+        self.given = (source,) if isinstance(source, str) else tuple(source)
+        self.columns = columns
+        self.skipped: Counter[str] = Counter()
+
+    def items(self) -> Iterator[Item]:
+        """Yield every image the source lists: folders and zips by name, the rest in its own order.
+
+        Raises ArtifactError when a source does not exist or holds no image.
+        """
+        for given in self.given:
+            for text in expand_braces(given):
+                num_listed = 0
+                for num_listed, item in enumerate(self._items_of(text), start=1):  # noqa: B007
+                    yield item
+                if num_listed == 0:
+                    raise ArtifactError(self._nothing_in(text))
+
+    def _items_of(self, text: str) -> Iterator[Item]:
+        if text.startswith(PREFIX):
+            yield from parquet_items(bundled_path(text), text, self.columns)
+            return
+        text = os.path.expanduser(text)
+        path = Path(text)
+        if path.is_dir():
+            yield from self._folder(path, text.rstrip("/"), "", (), wanted=None)
+        elif path.exists():
+            yield from self._given_file(path, text)
+        elif glob.has_magic(text):
+            pattern = Pattern(text)
+            if pattern.root.is_dir():
+                yield from self._folder(pattern.root, pattern.fixed, "", (), wanted=pattern)
+        else:
+            raise ArtifactError(
+                f"There is no source {text}. Give a folder, a glob, a CSV or Parquet file, a tar "
+                f"or zip archive, or {PREFIX}fashion-mnist."
+            )
+
+    def _nothing_in(self, text: str) -> str:
+        others = ", ".join(f"{count} x {kind}" for kind, count in self.skipped.most_common(5))
+        beside = f" (skipped: {others})" if others else ""
+        return (
+            f"No images found in {text}{beside}. Give a folder of images, a glob, a CSV or Parquet "
+            f"file, or a tar or zip archive."
+        )
+
+    def _given_file(self, path: Path, text: str) -> Iterator[Item]:
+        """Yield what one named file holds: a manifest, a table, an archive, or one image."""
+        if suffix_of(path.name) in MANIFEST_SUFFIXES:
+            yield from csv_manifest(path, self.columns)
+        elif suffix_of(path.name) == ".parquet":
+            yield from parquet_items(path, text, self.columns)
+        else:
+            yield from self._file(path, text, "")
+
+    def _folder(
+        self, path: Path, name: str, folder: str, above: tuple[str, ...], *, wanted: Pattern | None
+    ) -> Iterator[Item]:
+        """Yield the wanted images below a folder, sorted by name at every level."""
+        real = os.path.realpath(path)
+        if real in above:  # a symbolic link to a folder that it lies in
+            self.skipped["looped links"] += 1
+            return
+        try:
+            with os.scandir(path) as found:
+                entries = sorted((entry.name, entry.is_dir()) for entry in found)
+        except OSError as error:
+            yield broken(shown(name), path, error)
+            return
+        for entry, is_folder in entries:
+            full = f"{name}/{entry}" if name else entry
+            if is_hidden(entry):
+                self.skipped["hidden"] += 1
+            elif is_folder and (wanted is None or wanted.may_lead_to(full)):
+                below = f"{folder}/{shown(entry)}".lstrip("/")
+                inside = None if wanted is None or wanted.matches(full) else wanted
+                yield from self._folder(path / entry, full, below, (*above, real), wanted=inside)
+            elif not is_folder and (wanted is None or wanted.matches(full)):
+                yield from self._file(path / entry, full, folder)
+
+    def _file(self, path: Path, name: str, folder: str) -> Iterator[Item]:
+        """Yield what a file inside a folder holds."""
+        source, lower, path = shown(name), path.name.lower(), path.absolute()
+        if lower.endswith(TAR_SUFFIXES):
+            items = tar_items(path, source, label_key=self.columns.label, skipped=self.skipped)
+            yield from _below(items, folder)
+        elif lower.endswith(ZIP_SUFFIXES):
+            yield from _below(zip_items(path, source, skipped=self.skipped), folder)
+        elif lower.endswith(".parquet"):
+            yield from self._table(path, source)
+        elif is_candidate(path.name, lambda: _head(path), self.skipped):
+            yield Item(source, str(path), folder=folder)
+
+    def _table(self, path: Path, source: str) -> Iterator[Item]:
+        try:
+            images = holds_images(path, self.columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            yield broken(source, path, error)
+            return
+        if images:
+            yield from parquet_items(path, source, self.columns)
+        else:
+            self.skipped[".parquet without images"] += 1
+
+
+class Pattern:
+    """A glob: `*`, `?` and `[…]` stay inside one path component, `**` spans any number of them."""
+
+    def __init__(self, text: str) -> None:
+        self.parts = text.split("/")
+        fixed = itertools.takewhile(lambda part: not glob.has_magic(part), self.parts)
+        self.fixed = "/".join(fixed)
+        self.root = Path(self.fixed or ("/" if text.startswith("/") else "."))
+
+    def matches(self, name: str) -> bool:
+        """Return whether a whole path matches."""
+        return _matches(self.parts, name.split("/"))
+
+    def may_lead_to(self, folder: str) -> bool:
+        """Return whether a path that matches, or lies below a match, can lie in this folder."""
+        for part, component in zip(self.parts, folder.split("/"), strict=False):
+            if part == "**":
+                return True
+            if not fnmatch.fnmatchcase(component, part):
+                return False
+        return True
+
+
+def _matches(parts: list[str], components: list[str]) -> bool:
+    if not parts:
+        return not components
+    if parts[0] == "**":
+        return any(_matches(parts[1:], components[i:]) for i in range(len(components) + 1))
+    here = bool(components) and fnmatch.fnmatchcase(components[0], parts[0])
+    return here and _matches(parts[1:], components[1:])
+
+
+def expand_braces(text: str) -> list[str]:
+    """Return the sources a text stands for: `{000..146}` and `{a,b}` are expanded, as in shells.
+
+    A path that exists as it is written is left alone.
+    """
+    found = re.search(r"\{([^{}]*)\}", text)
+    if found is None or Path(text).exists():
+        return [text]
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if ends is not None:
+        numbers = range(int(ends[1]), int(ends[2]) + 1)
+        middles = [f"{number:0{len(ends[1])}d}" for number in numbers]
+    elif "," in found[1]:
+        middles = found[1].split(",")
+    else:
+        return [text]
+    before, after = text[: found.start()], text[found.end() :]
+    return [whole for middle in middles for whole in expand_braces(before + middle + after)]
+
+
+def _below(items: Iterable[Item], folder: str) -> Iterator[Item]:
+    """Yield an archive's items with its own folder before theirs."""
+    for item in items:
+        yield replace(item, folder=f"{folder}/{item.folder}".strip("/"))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if not path.is_file():  # a pipe would never end
+            return b""
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError:
+        return b"\xff\xd8"  # listed, so that reading it says why it cannot be read
+
+
+def read_items(
+    items: Iterable[Item], *, image_column: str, max_bytes: int
+) -> Iterator[tuple[Item, bytes | ImageError]]:
+    """Yield every item, in order, with the bytes of its image or the reason why there are none.
+
+    Archives and tables are opened once per run of their items. A file of more than max_bytes is
+    not read.
+    """
+    for (container, method), run in groupby(items, key=_place):
+        if container is None:
+            yield from ((item, _read_file(item, max_bytes)) for item in run)
+        elif method == "row":
+            yield from read_rows(run, container, image_column)
+        else:
+            yield from read_members(run, container, max_bytes=max_bytes)
+
+
+def _place(item: Item) -> tuple[str | None, str]:
+    """Return what items must share to be read in one pass; None: each alone."""
+    alone = item.method in ("file", "bad")
+    return (None, "") if alone else (item.container, item.method)
+
+
+def _read_file(item: Item, max_bytes: int) -> bytes | ImageError:
+    if item.method == "bad":
+        return ImageError(cast(Reason, item.reason), item.detail)
+    try:
+        found = os.stat(item.container)
+        if not stat.S_ISREG(found.st_mode):
+            return ImageError("not_an_image", "a folder, pipe or device")
+        if found.st_size > max_bytes:
+            return too_many_bytes(found.st_size, max_bytes)
+        with open(item.container, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ImageError("missing", "there is no such file")
+    except PermissionError:
+        return ImageError("permission", "not allowed to read it")
+    except OSError as error:
+        return ImageError("unreadable", str(error))

@@ -1,0 +1,283 @@
+"""The stage `ingest`: images from anywhere become a Corpus; every file is kept or accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from selfsup_ray.artifacts import begin, finish, read_json, require_disk, write_json
+from selfsup_ray.cluster.data import stream_tasks
+from selfsup_ray.config import Positive, Resources, Share, config, override
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.data.decode import MAX_PIXELS, Fit
+from selfsup_ray.data.duplicates import write_duplicates
+from selfsup_ray.data.labels import LabelFile, Labels, LabelTable, Subset, label_table
+from selfsup_ray.data.listing import Listing, write_listing
+from selfsup_ray.data.shard_files import Encoding, write_manifest
+from selfsup_ray.data.sharding import (
+    NOTES_COLUMNS,
+    QUARANTINE_COLUMNS,
+    ShardFacts,
+    ShardWriter,
+    merge_csv,
+)
+from selfsup_ray.data.sources import Source
+from selfsup_ray.data.tables import Columns
+from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.progress import track
+from selfsup_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@config
+class IngestConfig:
+    """What is read, and how it is stored."""
+
+    source: str | tuple[str, ...] | None = None
+    """A folder (searched to its depths), a glob, a CSV or Parquet file that names images, Parquet
+    that holds them, tar (WebDataset) or zip archives, `bundled:fashion-mnist`, or a list of these.
+    In Python it is the first argument of `ingest`; an experiment file must set it."""
+    image_size: Positive = 96
+    """Side in pixels of the stored squares; crops for training are cut from them."""
+    fit: Fit = "crop"
+    """`crop`: the central square; `pad`: the whole image on black; `squash`: stretched."""
+    encoding: Encoding = "raw"
+    """`raw`: decoded once, fastest to read, size² x 3 bytes. `jpeg`: 5 to 10 times smaller, decoded
+    at every read. `png`: smaller without loss, slow to read."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of encoding `jpeg`."""
+    labels: Labels = "found"
+    """Where labels come from; they are never needed. `folder`: the first folder in which images
+    differ; `column`: `label_column` of a table, or WebDataset's .cls or .json; `none`. `found`: a
+    column if there is one, else folders if they are laid out one per class, else none."""
+    labels_csv: Path | None = None
+    """A CSV of `path_column` and `label_column` that covers some of the images, instead."""
+    classes: Path | None = None
+    """Keep only these classes: a file with one line per class, its folder name or label first."""
+    path_column: str = "path"
+    label_column: str = "label"
+    image_column: str = "image"
+    shard_size: Positive = 2048
+    """Images per shard, less the bad ones: the unit of work, held in memory by one task."""
+    max_bad_share: Share = 0.05
+    """The stage stops when more than this share of the files is bad."""
+    max_pixels: Positive = MAX_PIXELS
+    """Larger images are quarantined before they are decoded."""
+    resources: Resources = Resources(workers=32)
+    """At most `workers` tasks run at a time, fewer on fewer CPUs; 0 runs in this process."""
+
+    def __post_init__(self) -> None:
+        if self.labels_csv is not None and self.labels in ("folder", "none"):
+            raise ValueError(
+                f"`labels_csv` and `labels: {self.labels}` exclude each other; leave one out"
+            )
+
+    @property
+    def columns(self) -> Columns:
+        """The names of a table's columns."""
+        return Columns(self.image_column, self.path_column, self.label_column)
+
+
+def ingest(
+    source: str | Path | Sequence[str | Path] | None = None,
+    config: IngestConfig | None = None,
+    *,
+    out: Path | str,
+    tracker: Tracker | None = None,
+) -> Corpus:
+    """Read, check, decode and store every image of a source; return the corpus.
+
+    source: see `IngestConfig.source`, which it replaces. Every image gets an id 0..N-1, the same
+    on every rerun and with any number of workers. Files that are no right image are listed with
+    a reason in quarantine.csv, exact duplicates in duplicates.csv. Shards that an interrupted run
+    wrote are kept. Raises ArtifactError when nothing is found or too much of it is bad.
+    """
+    config, out, began = _complete(source, config or IngestConfig()), Path(out), time.monotonic()
+    if begin(out, stage="ingest", config=config, inputs={}):
+        log.info("ingest: %s is current", out)
+        return Corpus.open(out)
+    listing, table = _listed(config, out)
+    writer = _writer(config, out, table)
+    _require_room(config, out, listing)
+    total = _write_shards(writer, listing, config)
+    facts = _finish_tables(writer, listing, config, total)
+    seconds = time.monotonic() - began
+    finish(out, stage="ingest", config=config, inputs={}, seconds=seconds, facts=facts)
+    corpus = Corpus.open(out)
+    counted = f"{len(corpus):,} of {len(listing):,}"
+    log.info("ingest: %s files kept, %s, %.1f s", counted, _bad_text(total), seconds)
+    if tracker is not None:
+        tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
+    return corpus
+
+
+def _complete(
+    source: str | Path | Sequence[str | Path] | None, config: IngestConfig
+) -> IngestConfig:
+    """Return the config with its source. Raises ConfigError when there is none."""
+    if source is not None:
+        many = [source] if isinstance(source, str | Path) else source
+        texts = tuple(str(one) for one in many)
+        config = override(config, {"source": texts[0] if len(texts) == 1 else texts})
+    if not config.source:
+        raise ConfigError(
+            "`ingest.source` is required: a folder, glob, CSV, Parquet, tar or zip file, or "
+            "bundled:fashion-mnist."
+        )
+    return config
+
+
+def _listed(config: IngestConfig, out: Path) -> tuple[Listing, LabelTable]:
+    """Return the listing of the source, and its classes; from disk when there is one."""
+    path, table_path = out / "listing", out / "listing" / "labels.json"
+    if table_path.exists():
+        return Listing.open(path), LabelTable(**read_json(table_path))
+    assert config.source is not None
+    source = Source(config.source, config.columns)
+    items, label_file = source.items(), None
+    if config.labels_csv is not None:
+        label_file = LabelFile(config.labels_csv, config.columns)
+        items = label_file.applied(items)
+    if config.classes is not None:
+        items = Subset(config.classes).applied(items, source.skipped)
+    listing = write_listing(path, items, shard_size=config.shard_size, skipped=source.skipped)
+    if label_file is not None and label_file.num_unmatched:
+        text = "%s: %d of its %d rows name no image of the source"
+        log.warning(text, label_file.path, label_file.num_unmatched, len(label_file.labels))
+    given = config.labels_csv or config.classes
+    table = label_table(listing, "column" if given else config.labels)
+    write_json(table_path, table.to_json())
+    log.info("ingest: %s files listed in %d units", f"{len(listing):,}", listing.num_units)
+    return listing, table
+
+
+def _writer(config: IngestConfig, out: Path, table: LabelTable) -> ShardWriter:
+    return ShardWriter(
+        out=out.absolute(),
+        labels=table,
+        image_size=config.image_size,
+        fit=config.fit,
+        encoding=config.encoding,
+        quality=config.quality,
+        max_pixels=config.max_pixels,
+        image_column=config.image_column,
+    )
+
+
+def _require_room(config: IngestConfig, out: Path, listing: Listing) -> None:
+    """Raise ArtifactError when the disk will not hold the shards; 1/6 is a guess for JPEG."""
+    share = {"raw": 1.0, "jpeg": 1 / 6, "png": 0.7}[config.encoding]
+    size_bytes = int(len(listing) * config.image_size**2 * 3 * share)
+    done = sum(file.stat().st_size for file in (out / "shards").glob("*.arrow"))
+    require_disk(out, size_bytes=max(0, size_bytes - done))
+
+
+@dataclass
+class _Total:
+    """Sums over the shards that are written."""
+
+    kept: int
+    labelled: int
+    reasons: Counter[str]
+    notes: Counter[str]
+
+    @property
+    def quarantined(self) -> int:
+        return self.reasons.total()
+
+    def add(self, facts: ShardFacts) -> None:
+        self.kept += facts.kept
+        self.labelled += facts.labelled
+        self.reasons.update(facts.reasons)
+        self.notes.update(facts.notes)
+
+
+def _write_shards(writer: ShardWriter, listing: Listing, config: IngestConfig) -> _Total:
+    """Write the missing shards and return the sums over all.
+
+    Raises ArtifactError as soon as the share of bad files is certain to be above its limit.
+    """
+    total = _Total(0, 0, Counter(), Counter())
+    missing = [unit for unit in range(listing.num_units) if not writer.is_written(unit)]
+    with track("ingest", len(listing), "images") as progress:
+        for unit in sorted(set(range(listing.num_units)) - set(missing)):
+            total.add(writer.facts(unit))
+            progress.skip(listing.unit_sizes[unit])
+        _require_mostly_good(writer, listing, config, total)
+        for unit, values in stream_tasks(writer, missing, config.resources, stage="ingest"):
+            total.add(ShardFacts(**values))
+            progress.advance(listing.unit_sizes[unit], note=_bad_text(total))
+            _require_mostly_good(writer, listing, config, total)
+    return total
+
+
+def _bad_text(total: _Total) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in total.reasons.most_common())
+    return f"{total.quarantined} bad ({reasons})" if reasons else "none bad"
+
+
+def _require_mostly_good(
+    writer: ShardWriter, listing: Listing, config: IngestConfig, total: _Total
+) -> None:
+    if total.quarantined <= config.max_bad_share * len(listing):
+        return
+    path = _merge_quarantine(writer, listing)
+    raise ArtifactError(
+        f"At least {total.quarantined} of {len(listing)} files are bad "
+        f"({_bad_text(total)}), more than ingest.max_bad_share={config.max_bad_share:g}. "
+        f"{path} lists them; mend the source and choose another `out`, or raise the share."
+    )
+
+
+def _merge_quarantine(writer: ShardWriter, listing: Listing) -> Path:
+    path = writer.out / "quarantine.csv"
+    parts = [writer.out / "quarantine" / f"{unit:05d}.csv" for unit in range(listing.num_units)]
+    merge_csv(parts, path, QUARANTINE_COLUMNS)
+    return path
+
+
+def _finish_tables(
+    writer: ShardWriter, listing: Listing, config: IngestConfig, total: _Total
+) -> dict[str, Any]:
+    """Write quarantine, notes, manifest and duplicates, and return the stage's facts."""
+    out = writer.out
+    _merge_quarantine(writer, listing)
+    notes = [out / "notes" / f"{unit:05d}.csv" for unit in range(listing.num_units)]
+    merge_csv(notes, out / "notes.csv", NOTES_COLUMNS)
+    every = [writer.facts(unit) for unit in range(listing.num_units)]
+    counts: dict[str, Any] = {
+        "listed": len(listing),
+        "kept": total.kept,
+        "quarantined": total.quarantined,
+        "labelled": total.labelled,
+        "reasons": dict(sorted(total.reasons.items())),
+        "notes": dict(sorted(total.notes.items())),
+        "skipped": listing.skipped,
+    }
+    assert total.kept + total.quarantined == len(listing), f"files were lost: {counts}"
+    write_manifest(
+        out,
+        shard_rows=[facts.kept for facts in every],
+        image_size=writer.image_size,
+        encoding=writer.encoding,
+        class_names=writer.labels.class_names,
+        num_labelled=total.labelled,
+        content=hashlib.sha256("".join(facts.content for facts in every).encode()).hexdigest(),
+        counts=counts,
+    )
+    groups, extra = write_duplicates(
+        Corpus(out, read_json(out / "corpus.json"), fingerprint=""), out / "duplicates.csv"
+    )
+    for folder in ("listing", "quarantine", "notes"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    return counts | {"duplicate_groups": groups, "duplicates": extra}
