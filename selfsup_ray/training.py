@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +44,8 @@ log = logging.getLogger(__name__)
 MakeViews = Callable[[list[Tensor], Tensor, int], list[Tensor]]
 """(uint8 image batches (B, 3, S, S), ids (B,), epoch) -> normalised float views, same device."""
 
-Feed = Generator[tuple[list[Tensor], Tensor], None, None]
-"""(image batches, ids) of one part of a step after the other; ids (B,) int64."""
+Batch = tuple[list[Tensor], Tensor]
+"""Image batches, each (n, 3, S, S) uint8, and their ids (n,) int64: a rank's part of a step."""
 
 Record = dict[str, float]
 """One line of the history: step, epoch, loss, lr, images_per_s, data_wait_share, metrics."""
@@ -137,42 +138,35 @@ def fit(
     step, history = restore(objective, optimizer, state)
     model = on_all_ranks(objective, config, device)
     meter = Meter(config, step, history)
-    feed = batches.read_ahead(step)
     say_path(config, device)
 
     def now() -> State:
         weights, moments = objective.state_dict(), optimizer.state_dict()
         return {"objective": weights, "optimizer": moments, "step": step, "history": history}
 
-    with closing(feed), own_generator(device):
+    with closing(batches.read_ahead(step)) as feed, own_generator(device):
         while step < batches.total_steps:
             epoch, progress = step // batches.steps_per_epoch, step / batches.total_steps
             if step % batches.steps_per_epoch == 0:
                 objective.before_epoch(epoch, dataset)  # SeLa relabels here
-            lr = peak_lr(config.optim, batch_size=config.batch_size)
-            lr *= lr_ratio(config.schedule, progress=progress, epochs=config.epochs)
+            lr = lr_at(config, progress)
             set_lr(optimizer, lr)
             seed_step(config.seed, step)
             optimizer.zero_grad(set_to_none=True)
             for part in range(config.accumulate):
                 with meter.waiting():
-                    images, ids = next(feed)  # (B / accumulate / ranks, 3, S, S), uint8
-                ids = ids.to(device, non_blocking=True)
-                views = make_views(
-                    [x.to(device, non_blocking=True) for x in images], ids, epoch
-                )  # each (B / accumulate / ranks, 3, s, s), float32
-                views = [in_order(view, config) for view in views]
+                    images, ids = on_device(next(feed), device)  # uint8 (n, 3, S, S), int64 (n,)
+                views = in_order(make_views(images, ids, epoch), config)  # float32 (n, 3, s, s)
                 with gradients_stay(model, part + 1 < config.accumulate):
                     with autocast(config, device):
                         loss, metrics = model(views, ids)
                     (loss / config.accumulate).backward()
                 meter.add(loss, metrics)
-            if objective.should_step():  # self-labelling: not when nobody was confident
+            if objective.should_step():  # self-labelling skips a batch without confident images
                 optimizer.step()
             objective.after_step(progress)  # EMA, queue, memory bank
             step += 1
-            last = step == batches.total_steps
-            checkpoint = last or step % config.checkpoint_every == 0
+            checkpoint = step % config.checkpoint_every == 0 or step == batches.total_steps
             # A checkpoint closes the record: a state then never holds half a mean, nor a NaN.
             if checkpoint or step % config.log_every == 0:
                 history.append(meter.record(step, lr, batches))
@@ -180,6 +174,12 @@ def fit(
             if checkpoint:
                 on_checkpoint(now())
     return now()
+
+
+def lr_at(config: TrainConfig, progress: float) -> float:
+    """Return the learning rate at `progress` in [0, 1]."""
+    ratio = lr_ratio(config.schedule, progress=progress, epochs=config.epochs)
+    return ratio * peak_lr(config.optim, batch_size=config.batch_size)
 
 
 class Batches:
@@ -213,7 +213,7 @@ class Batches:
         positions = np.arange(first, first + self.rows)
         return permuted(positions, n=len(self.dataset), seed=self.config.seed, epoch=epoch)
 
-    def read(self, number: int) -> tuple[list[Tensor], Tensor]:
+    def read(self, number: int) -> Batch:
         """Return (image batches, ids) of part `number` of the training, counted from its start."""
         step, part = divmod(number, self.config.accumulate)
         ids = self.ids(step, part)
@@ -222,7 +222,7 @@ class Batches:
         *images, id_tensor = [x.pin_memory() for x in tensors] if self.pin else tensors
         return images, id_tensor
 
-    def read_ahead(self, start: int, *, depth: int = 3) -> Feed:
+    def read_ahead(self, start: int, *, depth: int = 3) -> Generator[Batch, None, None]:
         """Yield the batches from step `start` on; a thread keeps `depth` of them ready."""
         per_step = self.config.accumulate
         numbers = iter(range(start * per_step, self.total_steps * per_step))
@@ -253,7 +253,7 @@ class Meter:
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Note loss and metrics (one number each) of one part of a step."""
-        self.names = ["loss", *sorted(metrics)]
+        self.names = ["loss", *sorted(metrics.keys() - {"loss"})]
         values = [loss, *(metrics[name] for name in self.names[1:])]
         self.rows.append(torch.stack([value.detach().float() for value in values]))
 
@@ -338,9 +338,12 @@ def on_all_ranks(objective: nn.Module, config: TrainConfig, device: torch.device
     if world_size() == 1:
         return objective
     ids = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(
-        objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        # Renamed in torch 2.14, but the new name does not exist in 2.11 and would broadcast once.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        return DistributedDataParallel(
+            objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def gradients_stay(model: nn.Module, more: bool) -> AbstractContextManager[None]:
@@ -360,9 +363,16 @@ def memory_format(config: TrainConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def in_order(view: Tensor, config: TrainConfig) -> Tensor:
-    """Return an image batch in the configured memory order; other tensors as they are."""
-    return view.contiguous(memory_format=memory_format(config)) if view.ndim == 4 else view
+def in_order(views: list[Tensor], config: TrainConfig) -> list[Tensor]:
+    """Return image batches in the configured memory order; other tensors as they are."""
+    order = memory_format(config)
+    return [view.contiguous(memory_format=order) if view.ndim == 4 else view for view in views]
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return images and ids on a device; the copy of pinned memory goes on behind the compute."""
+    images, ids = batch
+    return [x.to(device, non_blocking=True) for x in images], ids.to(device, non_blocking=True)
 
 
 def own_generator(device: torch.device) -> AbstractContextManager[None]:
