@@ -13,9 +13,7 @@ from selfsup_ray.models.objective import (
     Metrics,
     Objective,
     at_least_float32,
-    embedding_std,
     full_precision,
-    unit_rows,
 )
 from selfsup_ray.ops.losses import confident_cross_entropy, scan_loss
 
@@ -81,7 +79,6 @@ class Scan(Objective):
             "loss": totals.detach().mean(),
             "consistency": torch.stack([part.consistency.detach() for part in parts]).mean(),
             "entropy": torch.stack([part.entropy.detach() for part in parts]).mean(),
-            "embedding_std": embedding_std(unit_rows(a)),
         }
         per_head = {f"loss_head{i}": total for i, total in enumerate(totals.detach())}
         return totals.sum(), metrics | per_head

@@ -1,0 +1,267 @@
+"""What must not depend on the number of ranks: 1 process against 2 and 4 gloo ranks under DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfsup_ray import collectives
+from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
+from selfsup_ray.models.clustering import LinearProbe, Scan, SelfLabel
+from selfsup_ray.models.heads import LinearHead, MLPHead
+from selfsup_ray.models.norm import (
+    BatchNorm,
+    LocalNorm,
+    ShuffleNorm,
+    SplitNorm,
+    SyncNorm,
+    set_batch_norm,
+    share_running_statistics,
+)
+from selfsup_ray.models.objective import Objective
+from selfsup_ray.models.pretext import MoCoConfig, SimCLRConfig, build_pretext
+from selfsup_ray.training import TrainConfig, on_all_ranks
+
+OnRanks = Callable[..., list[Any]]
+BATCH = 16  # global: 4 images a rank on 4 ranks
+HEAD = MLPHead(hidden_dim=8, dim=8, batch_norm="hidden")
+
+
+def backbone() -> Backbone:
+    return build_backbone(ResNetConfig(stem="stl", width=4))
+
+
+def moco(**values: Any) -> Objective:
+    return build_pretext(MoCoConfig(queue_size=64, momentum=0.5, **values), backbone())
+
+
+def self_label(**values: Any) -> SelfLabel:
+    head = nn.Linear(32, 4)
+    nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(head.bias)
+    return SelfLabel(backbone(), head, **values)
+
+
+def probe() -> LinearProbe:
+    labels = torch.arange(BATCH) % 3
+    labels[:6] = -1  # ranks know different numbers of labels, the first of four none
+    return LinearProbe(backbone(), labels, num_classes=3)
+
+
+SPLIT, SHUFFLE = SplitNorm(group_size=4), ShuffleNorm(group_size=4)
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "simclr": lambda: build_pretext(SimCLRConfig(head=HEAD), backbone()),
+    "simclr one way": lambda: build_pretext(SimCLRConfig(head=HEAD, loss="one_way"), backbone()),
+    "simclr cross view, split": lambda: build_pretext(
+        SimCLRConfig(head=HEAD, loss="cross_view", batch_norm=SPLIT), backbone()
+    ),
+    "moco v2, shuffle": lambda: moco(head=MLPHead(dim=8), batch_norm=SHUFFLE),
+    "moco v1, symmetric": lambda: moco(
+        head=LinearHead(dim=8), temperature=0.07, symmetric=True, batch_norm=SHUFFLE
+    ),
+    "moco split": lambda: moco(head=HEAD, batch_norm=SPLIT),
+    "moco sync": lambda: moco(head=HEAD, batch_norm=SyncNorm()),
+    "scan": lambda: Scan(backbone(), num_clusters=5, num_heads=2),
+    "scan, frozen": lambda: Scan(backbone(), num_clusters=5, freeze_backbone=True),
+    "self-label": lambda: self_label(threshold=0.6),
+    "self-label, unbalanced, averaged": lambda: self_label(threshold=0.6, balance=False, ema=0.5),
+    "probe": probe,
+}
+
+MAIN = ["simclr", "moco v2, shuffle", "scan", "self-label"]
+
+
+def mine(x: Tensor) -> Tensor:
+    """This rank's rows of the global batch."""
+    n = len(x) // collectives.world_size()
+    return x[collectives.rank() * n :][:n]
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    return collectives.all_sum(x.detach()) / collectives.world_size()
+
+
+def trained(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
+    """Loss, metrics and gradient of every step, and the final state, on this rank."""
+    objective = OBJECTIVES[name]().to(dtype).train()
+    model = on_all_ranks(objective, TrainConfig(epochs=1), torch.device("cpu"))
+    optimizer = torch.optim.SGD([p for _, p in objective.trainable()], lr=0.05)
+    history = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        shape = (BATCH, 3, 12, 12)
+        views = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2)]
+        optimizer.zero_grad()
+        loss, metrics = model([mine(view) for view in views], mine(torch.arange(BATCH)))
+        loss.backward()
+        history.append(
+            {
+                "loss": mean_over_ranks(loss),
+                "metrics": {key: mean_over_ranks(value) for key, value in metrics.items()},
+                "gradient": {key: p.grad.clone() for key, p in objective.trainable()},
+            }
+        )
+        if objective.should_step():
+            optimizer.step()
+        objective.after_step(step / steps)
+    return {"history": history, "state": objective.state_dict()}
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, 4) for name in OBJECTIVES), *((name, 2) for name in MAIN)]
+)
+def test_training_does_not_depend_on_the_number_of_ranks(
+    on_ranks: OnRanks, name: str, size: int
+) -> None:
+    alone = trained(name, torch.float64, steps=3)
+    for result in on_ranks(trained, name, torch.float64, 3, size=size):
+        torch.testing.assert_close(result, alone, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_in_float32_losses_and_gradients_agree_to_1e_5(on_ranks: OnRanks, name: str) -> None:
+    alone = trained(name, torch.float32, steps=1)["history"][0]
+    for size in (2, 4):
+        for result in on_ranks(trained, name, torch.float32, 1, size=size):
+            found = result["history"][0]
+            torch.testing.assert_close(found["loss"], alone["loss"], rtol=1e-5, atol=1e-5)
+            whole, expected = (
+                torch.cat([g.flatten() for g in x["gradient"].values()]) for x in (found, alone)
+            )
+            assert relative_difference(whole, expected) < 1e-5
+
+
+def test_the_losses_under_test_are_not_trivial() -> None:
+    for name in OBJECTIVES:
+        history = trained(name, torch.float64, steps=3)["history"]
+        losses = [record["loss"].item() for record in history]
+        assert len(set(losses)) == 3, name
+        assert all(g.any() for g in history[0]["gradient"].values()), name
+        share = history[0]["metrics"].get("confident_share")
+        assert share is None or 0 < share.item() < 1, name
+
+
+def test_a_rank_without_a_confident_image_takes_part(on_ranks: OnRanks) -> None:
+    def gradient() -> Tensor:
+        objective = (
+            self_label(threshold=0.6).double().eval()
+        )  # eval: confidence of each image alone
+        generator = torch.Generator().manual_seed(0)
+        strong = torch.randn(BATCH, 3, 12, 12, generator=generator, dtype=torch.float64)
+        weak = strong.clone()
+        weak[BATCH // 2 :] = 0  # zero images: features 0, so probabilities 1 / 4 each
+        model = on_all_ranks(objective, TrainConfig(epochs=1), torch.device("cpu"))
+        loss, metrics = model([mine(weak), mine(strong)], mine(torch.arange(BATCH)))
+        loss.backward()
+        assert 0 < metrics["confident_share"].item() <= 0.5
+        assert objective.should_step()
+        assert objective.backbone.conv1.weight.grad is not None
+        return objective.backbone.conv1.weight.grad
+
+    alone = gradient()
+    assert alone.any()
+    for found in on_ranks(gradient, size=2):
+        torch.testing.assert_close(found, alone)
+
+
+def norm_results(dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Tensor]:
+    """Output, gradients and statistics of synced batch norm for this rank's rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
+    # Ranks far from each other and from zero: E[x^2] - E[x]^2 would cancel.
+    x = (x + 1e4 + 50 * torch.arange(8).view(8, 1, 1, 1)).to(dtype)
+    target = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
+    x = mine(x).to(memory_format=layout).requires_grad_()
+    layer = BatchNorm(3).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
+    set_batch_norm(layer, SyncNorm())
+    out = layer(x)
+    (out * mine(target)).sum().backward()
+    assert out.is_contiguous(memory_format=layout) and x.grad is not None
+    statistics = torch.stack([layer.running_mean, layer.running_var])
+    weights = collectives.all_sum(torch.stack([layer.weight.grad, layer.bias.grad]))
+    return {"out": out.detach(), "x": x.grad, "weights": weights, "statistics": statistics}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_synced_batch_norm_is_torchs_of_the_whole_batch(
+    on_ranks: OnRanks, layout: torch.memory_format
+) -> None:
+    alone = norm_results(torch.float64, layout)
+    for rank, found in enumerate(on_ranks(norm_results, torch.float64, layout, size=2)):
+        for key in ("out", "x"):
+            torch.testing.assert_close(found[key], alone[key][rank * 4 :][:4])
+        torch.testing.assert_close(found["weights"], alone["weights"])
+        torch.testing.assert_close(found["statistics"], alone["statistics"])
+
+
+def test_synced_batch_norm_in_bfloat16_is_as_exact_as_in_one_process(on_ranks: OnRanks) -> None:
+    arguments = torch.bfloat16, torch.channels_last
+    alone = norm_results(*arguments)
+    for rank, found in enumerate(on_ranks(norm_results, *arguments, size=2)):
+        for key in ("out", "x"):
+            expected = alone[key][rank * 4 :][:4]
+            torch.testing.assert_close(found[key], expected, rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(found["statistics"], alone["statistics"], rtol=1e-4, atol=0)
+
+
+def test_local_statistics_are_averaged_over_ranks_after_a_step(on_ranks: OnRanks) -> None:
+    def statistics() -> Tensor:
+        layer = BatchNorm(2)
+        set_batch_norm(layer, LocalNorm())
+        for offset in (0.0, 7.0):
+            layer(torch.arange(8.0).view(4, 2) * (1 + collectives.rank()) + offset)
+            share_running_statistics(layer)
+        return torch.stack([layer.running_mean, layer.running_var])
+
+    expected = []
+    for rank in range(2):
+        layer = nn.BatchNorm1d(2)
+        for offset in (0.0, 7.0):
+            layer(torch.arange(8.0).view(4, 2) * (1 + rank) + offset)
+        expected.append(torch.stack([layer.running_mean, layer.running_var]))
+    for found in on_ranks(statistics, size=2):
+        torch.testing.assert_close(found, torch.stack(expected).mean(dim=0))
+
+
+def test_gather_and_all_sum_have_the_gradient_of_the_global_sum(on_ranks: OnRanks) -> None:
+    def gradients() -> list[Tensor]:
+        x = (torch.arange(3.0) + 3 * collectives.rank()).view(3, 1).requires_grad_()
+        weights = torch.arange(1.0, 7.0).view(6, 1)
+        rows = collectives.gather(x)
+        # Each rank's own function of all rows; the sum over ranks is what is differentiated.
+        ((1 + collectives.rank()) * weights * rows.square()).sum().backward()
+        y = torch.tensor(2.0 + collectives.rank(), requires_grad=True)
+        ((1 + collectives.rank()) * collectives.all_sum(y).square()).backward()
+        return [rows.detach(), x.grad, y.grad]
+
+    for rank, (rows, x_grad, y_grad) in enumerate(on_ranks(gradients, size=2)):
+        x = torch.arange(6.0).view(6, 1)
+        torch.testing.assert_close(rows, x)
+        weights = torch.arange(1.0, 7.0).view(6, 1)
+        torch.testing.assert_close(x_grad, ((1 + 2) * 2 * weights * x)[rank * 3 :][:3])
+        torch.testing.assert_close(y_grad, torch.tensor((1 + 2) * 2 * (2.0 + 3.0)))
+
+
+def test_broadcast_gives_everyone_the_first_ranks_values(on_ranks: OnRanks) -> None:
+    def received() -> Tensor:
+        return collectives.broadcast(torch.full((2,), 5.0 + collectives.rank()))
+
+    for found in on_ranks(received, size=2):
+        assert found.tolist() == [5.0, 5.0]
+
+
+def test_in_one_process_every_collective_is_the_identity() -> None:
+    x = torch.arange(3.0)
+    assert collectives.gather(x) is x
+    assert collectives.all_sum(x) is x
+    assert collectives.broadcast(x) is x
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
