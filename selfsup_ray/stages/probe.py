@@ -1,0 +1,281 @@
+"""The stage `probe`: how well frozen embeddings separate known classes, by a line and by neighbors.
+
+Protocol. The labelled images are split by a hash of their id: `test_share` of them are only scored.
+Of the others `validation_share` choose the weight decay of a multinomial logistic regression, which
+is then fitted again on all of them. The kNN classifier lets the k most similar training images
+vote with weight exp(similarity / temperature) (Wu et al. 2018); nothing about it is tuned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selfsup_ray.artifacts import (
+    Array,
+    ShardedArray,
+    begin,
+    finish,
+    read_done,
+    read_json,
+    whole_file,
+    write_json,
+)
+from selfsup_ray.cluster.neighbors import Search
+from selfsup_ray.config import (
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Resources,
+    Share,
+    config,
+    flatten,
+)
+from selfsup_ray.errors import ConfigError
+from selfsup_ray.ops.logistic import Blocks, LinearClassifier, fit_logistic
+from selfsup_ray.ops.metrics import Tally
+from selfsup_ray.ops.neighbors import knn_vote, vote_accuracy
+from selfsup_ray.ops.rng import uniforms
+from selfsup_ray.stages.graph import Features
+from selfsup_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+Labels = Array | Sequence[int] | Callable[[], Array]
+"""(N,) class of every image, -1 unknown, or a function that returns it, such as `corpus.labels`."""
+
+ROWS_AT_ONCE = 8192
+
+
+@config
+class ProbeConfig:
+    """How embeddings are probed."""
+
+    test_share: Share = 0.2
+    """Share of the labelled images that are only scored; chosen by a hash of the image id."""
+    validation_share: Share = 0.1
+    """Share of the other labelled images that choose the weight decay."""
+    l2: tuple[PositiveFloat, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    """Weight decays tried, in the objective mean loss + l2 / 2 |weight|^2 on rows of length
+    sqrt(d)."""
+    max_iterations: Positive = 200
+    """Bound on the iterations of each fit (L-BFGS)."""
+    knn_k: Positive = 200
+    """Training images that vote; fewer when there are fewer."""
+    knn_temperature: PositiveFloat = 0.1
+    """Their weight is exp(similarity / temperature)."""
+    seed: NonNegative = 0
+    """Chooses the split."""
+    resources: Resources = Resources(workers=0)
+    """`workers` actors search the neighbors; 0 searches in this process. The linear fit runs in
+    this process, on a GPU when `gpus` is above 0."""
+
+    def __post_init__(self) -> None:
+        if not self.l2:
+            raise ValueError("`l2` needs at least one value")
+        if self.resources.gpus and self.resources.workers:
+            raise ValueError(
+                f"`resources.workers` is {self.resources.workers} and `resources.gpus` is "
+                f"{self.resources.gpus}, but the workers search on CPUs; set one of them to 0"
+            )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Handle on a finished probe: the scores by name, nested."""
+
+    metrics: dict[str, Any]
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> Probe:
+        """Return the finished probe in a folder.
+
+        Raises ArtifactError when the stage has not finished there.
+        """
+        read_done(Path(path))
+        return cls(read_json(Path(path) / "metrics.json"), Path(path))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the config and the inputs."""
+        return read_done(self.path).fingerprint
+
+    @property
+    def linear(self) -> float:
+        """Accuracy of the linear classifier on the test images, in [0, 1]."""
+        return float(self.metrics["linear"]["accuracy"])
+
+    @property
+    def knn(self) -> float:
+        """Accuracy of the weighted kNN classifier on the test images, in [0, 1]."""
+        return float(self.metrics["knn"]["accuracy"])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ascending ids of the labelled images, by use."""
+
+    fit: Array
+    validation: Array
+    test: Array
+
+    @property
+    def train(self) -> Array:
+        """The images that are not tested on: fit and validation together."""
+        return np.sort(np.concatenate([self.fit, self.validation]))
+
+
+def probe(
+    features: Features,
+    labels: Labels,
+    config: ProbeConfig | None = None,
+    *,
+    out: Path | str,
+    tracker: Tracker | None = None,
+) -> Probe:
+    """Return the linear and the kNN accuracy of frozen embeddings on held-out labelled images.
+
+    labels: (N,), -1 is unknown. Raises ConfigError when fewer than two classes are known or a
+    part of the split is empty.
+    """
+    config, out, began = config or ProbeConfig(), Path(out), time.monotonic()
+    known = np.asarray(labels() if callable(labels) else labels).astype(np.int64)
+    split = split_labelled(known, config)
+    _require_labels(known, split, len(features.array))
+    digest = hashlib.blake2b(known.tobytes(), digest_size=16).hexdigest()
+    inputs = {"features": features.fingerprint, "labels": digest}
+    if begin(out, stage="probe", config=config, inputs=inputs):
+        log.info("probe: %s is current", out)
+        return Probe.open(out)
+    metrics = {
+        "linear": linear_probe(features.array, known, split, config),
+        "knn": knn_probe(features.array, known, split, config, out=out),
+        "num_classes": len(np.unique(known[known >= 0])),
+        "num_train": len(split.train),
+        "num_test": len(split.test),
+    }
+    write_json(out / "metrics.json", metrics)
+    numbers = {k: v for k, v in flatten(metrics).items() if isinstance(v, int | float)}
+    if tracker is not None:
+        tracker.log([numbers])
+    seconds = time.monotonic() - began
+    finish(out, stage="probe", config=config, inputs=inputs, seconds=seconds, facts=numbers)
+    made = Probe(metrics, out)
+    text = "probe: linear %.4f, kNN %.4f on %s test images, %.1f s"
+    log.info(text, made.linear, made.knn, f"{len(split.test):,}", seconds)
+    return made
+
+
+def split_labelled(labels: Array, config: ProbeConfig) -> Split:
+    """Return the split of the labelled images; an image's part depends on its id and the seed."""
+    ids = np.flatnonzero(labels >= 0)
+    draws = uniforms(seed=config.seed, epoch=0, ids=torch.from_numpy(ids), draws=2).numpy()
+    is_test = draws[:, 0] < config.test_share
+    is_validation = ~is_test & (draws[:, 1] < config.validation_share)
+    return Split(ids[~is_test & ~is_validation], ids[is_validation], ids[is_test])
+
+
+def _require_labels(labels: Array, split: Split, num_images: int) -> None:
+    if len(labels) != num_images:
+        raise ConfigError(f"probe: {len(labels):,} labels for {num_images:,} embeddings.")
+    if len(np.unique(labels[split.fit])) < 2 or not len(split.test):
+        raise ConfigError(
+            f"probe needs labelled images of two classes to train on and some to test on, but "
+            f"{len(split.fit):,} of {num_images:,} are for training and {len(split.test):,} for "
+            f"testing. Give labels to ingest, or leave the stage probe out."
+        )
+
+
+def linear_probe(
+    array: ShardedArray, labels: Array, split: Split, config: ProbeConfig
+) -> dict[str, Any]:
+    """Return the test accuracy of a logistic regression whose weight decay validation chose."""
+    tried: dict[float, LinearClassifier] = {}
+    chosen, by_l2 = max(config.l2), {}
+    if len(split.validation) and len(config.l2) > 1:
+        found = None
+        for l2 in sorted(config.l2, reverse=True):  # from simple to complex, each warm-started
+            found = tried[l2] = _fit(array, labels, split.fit, l2, config, found)
+            by_l2[l2] = _correct(array, labels, split.validation, found)
+        # The larger decay on ties: dicts keep the order, max returns the first.
+        chosen = max(by_l2, key=lambda l2: by_l2[l2].hits)
+    best = _fit(array, labels, split.train, chosen, config, tried.get(chosen))
+    score = _correct(array, labels, split.test, best)
+    if not best.is_converged:
+        log.warning("probe: the linear fit stopped after %d iterations", best.iterations)
+    return _with_interval(score) | {
+        "l2": chosen,
+        "validation_accuracy": {f"{l2:g}": tally.share for l2, tally in by_l2.items()},
+        "iterations": best.iterations,
+        "is_converged": best.is_converged,
+    }
+
+
+def _fit(
+    array: ShardedArray,
+    labels: Array,
+    ids: Array,
+    l2: float,
+    config: ProbeConfig,
+    start: LinearClassifier | None,
+) -> LinearClassifier:
+    return fit_logistic(
+        _blocks(array, labels, ids),
+        dim=array.shape[1],
+        num_classes=int(labels.max()) + 1,
+        l2=l2,
+        max_iterations=config.max_iterations,
+        start=start,
+        device="cuda" if config.resources.gpus else "cpu",
+    )
+
+
+def _blocks(array: ShardedArray, labels: Array, ids: Array) -> Blocks:
+    # Unit rows get entries of about 1, so that the same l2 means the same in every dimension.
+    scale = np.float32(np.sqrt(array.shape[1]))
+    return lambda: (
+        (array.rows(part) * scale, labels[part])
+        for part in (ids[i : i + ROWS_AT_ONCE] for i in range(0, len(ids), ROWS_AT_ONCE))
+    )
+
+
+def _correct(array: ShardedArray, labels: Array, ids: Array, found: LinearClassifier) -> Tally:
+    hits = sum(int((found.predict(x) == y).sum()) for x, y in _blocks(array, labels, ids)())
+    return Tally(hits, len(ids))
+
+
+def knn_probe(
+    array: ShardedArray, labels: Array, split: Split, config: ProbeConfig, *, out: Path
+) -> dict[str, Any]:
+    """Return the test accuracy of the vote of the most similar training images."""
+    train = split.train
+    only = out / "train_ids.npy"
+    with whole_file(only) as temporary, open(temporary, "wb") as file:
+        np.save(file, train)
+    k, score = min(config.knn_k, len(train)), Tally()
+    num_classes = int(labels.max()) + 1
+    with Search(array, config.resources, only=only, stage="probe") as search:
+        for i in range(0, len(split.test), ROWS_AT_ONCE):
+            ids = split.test[i : i + ROWS_AT_ONCE]
+            found = search.search(array.rows(ids), k)
+            votes = knn_vote(
+                found.similarity,
+                labels[found.ids],
+                num_classes=num_classes,
+                temperature=config.knn_temperature,
+            )
+            score += vote_accuracy(votes, labels[ids])
+    return _with_interval(score) | {"k": k, "temperature": config.knn_temperature}
+
+
+def _with_interval(score: Tally) -> dict[str, Any]:
+    return {"accuracy": score.share, "interval": list(score.interval())}
