@@ -1,1 +1,112 @@
-"""selfsup_ray: representations, clusters, kNN graphs and labels for large image corpora."""
+"""Self-supervised representations, clusters, kNN graphs and labels for large image corpora.
+
+Verbs of one shape, `verb(inputs…, config, out=…) -> artifact`; every result is a handle on a
+folder, so a session may stop anywhere and continue with `open(folder)`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfsup_ray import ops
+    from selfsup_ray.config import Resources
+    from selfsup_ray.data.corpus import Corpus
+    from selfsup_ray.errors import ArtifactError, ConfigError, ResourceError, UserError
+    from selfsup_ray.experiment import Experiment
+    from selfsup_ray.models.backbones import ResNetConfig
+    from selfsup_ray.models.clusterer import Clusterer
+    from selfsup_ray.models.encoder import Encoder
+    from selfsup_ray.models.pretext import MoCoConfig, SimCLRConfig
+    from selfsup_ray.pipeline import run
+    from selfsup_ray.planning import plan
+    from selfsup_ray.report import write_report
+    from selfsup_ray.stages.embed import EmbedConfig, Embeddings, embed
+    from selfsup_ray.stages.evaluate import EvaluateConfig, evaluate
+    from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
+    from selfsup_ray.stages.ingest import IngestConfig, ingest
+    from selfsup_ray.stages.pretext import PretextConfig, pretrain
+    from selfsup_ray.stages.scan import ScanConfig, scan
+    from selfsup_ray.stages.selflabel import SelfLabelConfig, self_label
+    from selfsup_ray.steps import open_artifact as open
+    from selfsup_ray.sweeping import sweep
+
+_HOMES = {
+    "config": ["Resources"],
+    "data.corpus": ["Corpus"],
+    "errors": ["ArtifactError", "ConfigError", "ResourceError", "UserError"],
+    "experiment": ["Experiment"],
+    "models.backbones": ["ResNetConfig"],
+    "models.clusterer": ["Clusterer"],
+    "models.encoder": ["Encoder"],
+    "models.pretext": ["MoCoConfig", "SimCLRConfig"],
+    "pipeline": ["run"],
+    "planning": ["plan"],
+    "report": ["write_report"],
+    "stages.embed": ["EmbedConfig", "Embeddings", "embed"],
+    "stages.evaluate": ["EvaluateConfig", "evaluate"],
+    "stages.graph": ["Graph", "GraphConfig", "build_graph"],
+    "stages.ingest": ["IngestConfig", "ingest"],
+    "stages.pretext": ["PretextConfig", "pretrain"],
+    "stages.scan": ["ScanConfig", "scan"],
+    "stages.selflabel": ["SelfLabelConfig", "self_label"],
+    "steps": ["open_artifact"],
+    "sweeping": ["sweep"],
+}
+_PUBLIC = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArtifactError",
+    "Clusterer",
+    "ConfigError",
+    "Corpus",
+    "EmbedConfig",
+    "Embeddings",
+    "Encoder",
+    "EvaluateConfig",
+    "Experiment",
+    "Graph",
+    "GraphConfig",
+    "IngestConfig",
+    "MoCoConfig",
+    "PretextConfig",
+    "ResNetConfig",
+    "ResourceError",
+    "Resources",
+    "ScanConfig",
+    "SelfLabelConfig",
+    "SimCLRConfig",
+    "UserError",
+    "build_graph",
+    "embed",
+    "evaluate",
+    "ingest",
+    "open",
+    "ops",
+    "plan",
+    "pretrain",
+    "run",
+    "scan",
+    "self_label",
+    "sweep",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used: `import selfsup_ray` alone stays quick."""
+    if name == "ops":
+        return import_module("selfsup_ray.ops")
+    home = _PUBLIC.get("open_artifact" if name == "open" else name)
+    if home is None:
+        raise AttributeError(f"module 'selfsup_ray' has no attribute {name!r}")
+    found = getattr(
+        import_module(f"selfsup_ray.{home}"), "open_artifact" if name == "open" else name
+    )
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

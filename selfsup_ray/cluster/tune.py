@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from selfsup_ray.config import Positive, Resources, config
+from selfsup_ray.config import Resources, config
 from selfsup_ray.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -75,18 +75,19 @@ class Dimension:
                 return tune.lograndint(low, high + 1)
 
 
-@config
-class SearchConfig:
-    """How the trials of a search are chosen."""
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How trials are chosen, and which number says how good one is."""
 
-    name: Literal["grid", "random", "optuna"] = "random"
-    """`grid`: every combination of choices. `optuna`: a tree-structured Parzen estimator that
+    metric: str
+    mode: Literal["min", "max"]
+    algorithm: Literal["grid", "random", "optuna"] = "random"
+    """`grid`: every combination of choices. `optuna`: a tree-structured Parzen estimator, which
     learns from finished trials (Bergstra et al. 2011)."""
-    samples: Positive = 16
-    """Trials; a grid has as many as it has combinations, and repeats nothing."""
+    samples: int = 16
+    """Trials; a grid has as many as it has combinations."""
     seed: int = 0
-    """Chooses the points of `random`, and the first ones of `optuna`."""
-    concurrent: Positive | None = None
+    concurrent: int | None = None
     """Trials at a time; None: as many as the cluster has room for."""
 
 
@@ -115,16 +116,14 @@ def search(
     run_trial: RunTrial,
     space: Mapping[str, Dimension],
     *,
-    metric: str,
-    mode: Literal["min", "max"],
-    how: SearchConfig,
+    how: Search,
     resources: Resources,
     out: Path,
     on_trial: Callable[[Trial], None],
 ) -> list[Trial]:
     """Return all trials of a search over dotted keys, in Tune's order; run_trial must pickle.
 
-    run_trial maps changes such as {"scan.entropy_weight": 5.0} to numbers, `metric` among them.
+    run_trial maps changes such as {"scan.entropy_weight": 5.0} to numbers, how.metric among them.
     `out` keeps Tune's state: called again after the driver was killed, the search goes on with
     the trials that had not finished. on_trial is called here, in the driver, once for each
     trial that ends.
@@ -143,7 +142,7 @@ def search(
         tuner = tune.Tuner(
             trainable,
             param_space=_param_space(space, how),
-            tune_config=_tune_config(space, metric=metric, mode=mode, how=how),
+            tune_config=_tune_config(how),
             run_config=tune.RunConfig(
                 name=out.name,
                 storage_path=str(out.parent),
@@ -172,38 +171,36 @@ def _trainable(run_trial: RunTrial) -> Callable[[Changes], None]:
     return trial
 
 
-def _param_space(space: Mapping[str, Dimension], how: SearchConfig) -> dict[str, Any]:
+def _param_space(space: Mapping[str, Dimension], how: Search) -> dict[str, Any]:
     from ray import tune
 
-    if how.name != "grid":
+    if how.algorithm != "grid":
         return {key: dimension.domain() for key, dimension in space.items()}
     for key, dimension in space.items():
         if dimension.choice is None:
             raise ConfigError(
-                f"search.name=grid needs choices, but space.{key} is a range. "
-                f"List its values under `choice`, or use search.name=random."
+                f"search=grid needs choices, but space.{key} is a range. "
+                f"List its values under `choice`, or use search=random."
             )
     return {key: tune.grid_search(list(dimension.ends)) for key, dimension in space.items()}
 
 
-def _tune_config(
-    space: Mapping[str, Dimension], *, metric: str, mode: str, how: SearchConfig
-) -> Any:
+def _tune_config(how: Search) -> Any:
     from ray import tune
     from ray.tune.search import BasicVariantGenerator
 
     algorithm: Any
-    if how.name == "optuna":
+    if how.algorithm == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        algorithm = OptunaSearch(metric=metric, mode=mode, seed=how.seed)
+        algorithm = OptunaSearch(metric=how.metric, mode=how.mode, seed=how.seed)
     else:
         algorithm = BasicVariantGenerator(random_state=how.seed)
     return tune.TuneConfig(
-        metric=metric,
-        mode=mode,
+        metric=how.metric,
+        mode=how.mode,
         search_alg=algorithm,
-        num_samples=1 if how.name == "grid" else how.samples,
+        num_samples=1 if how.algorithm == "grid" else how.samples,
         max_concurrent_trials=how.concurrent,
         reuse_actors=True,  # a new process for every trial costs three CPU seconds
     )
@@ -257,6 +254,7 @@ _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output obeys verbose=0
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in an experiment are relative to where it was started
 }
 
 

@@ -1,0 +1,294 @@
+"""What a stage costs: memory, disk and seconds, each with what the figure assumes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from selfsup_ray.config import Resources
+from selfsup_ray.data.views import Views, ViewsConfig
+from selfsup_ray.experiment import Experiment
+from selfsup_ray.models.backbones import BackboneConfig, build_backbone
+from selfsup_ray.models.pretext import MoCoConfig
+from selfsup_ray.tracking import read_records
+from selfsup_ray.training import TrainConfig
+
+GPU_FLOPS = 30e12
+"""Multiplications and additions a second that a data-centre GPU reaches on ResNets in bfloat16."""
+SEARCH_FLOPS = 60e9
+"""The same for exact neighbor search on one CPU core in float32 (faiss; 60 to 80 measured)."""
+GPU_SEARCH_FLOPS = 5e12
+DECODED_PER_S = 500.0
+"""Photos of about 500 x 400 pixels that one CPU core decodes, resizes and stores in a second."""
+TIMED_IMAGES = 16
+"""Images of the forward pass that is timed."""
+WORKER_BYTES = 600_000_000
+"""Memory of a Python process with torch, before it does anything."""
+ROW_BYTES = 100
+"""Label, source path and digest of one image."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Figures of one stage; None where nothing sensible can be said before it runs.
+
+    memory_bytes: of one worker at its peak; disk_bytes: what the stage leaves.
+    """
+
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    seconds: float | None = None
+    assumes: str = ""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Size of a backbone for images of one side, from a pass over tensors without memory."""
+
+    dim: int
+    parameters: int
+    flops: int
+    """Of one image forward; a multiplication and an addition are two."""
+    activation_bytes: int
+    """Outputs of all layers for one image in float32."""
+
+
+@functools.cache
+def network(backbone: BackboneConfig, side: int) -> Network:
+    """Return the size of a backbone for images of `side` pixels; nothing is computed."""
+    with torch.device("meta"):
+        module = build_backbone(backbone)
+        image = torch.empty(1, 3, side, side)
+    sizes: list[int] = []
+
+    def note(layer: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not list(layer.children()):
+            sizes.append(output.numel() * output.element_size())
+
+    for layer in module.modules():
+        layer.register_forward_hook(note)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        module.eval()(image)
+    parameters = sum(p.numel() for p in module.parameters())
+    return Network(module.dim, parameters, int(counter.get_total_flops()), sum(sizes))
+
+
+@functools.cache
+def forward_seconds(backbone: BackboneConfig, side: int, *, bfloat16: bool) -> float:
+    """Return the seconds one core of this machine takes for an image forward, by a short trial."""
+    module = build_backbone(backbone).to(memory_format=torch.channels_last)
+    images = torch.rand(TIMED_IMAGES, 3, side, side).to(memory_format=torch.channels_last)
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            module(images)
+
+    return _timed_on_one_thread(forward) / TIMED_IMAGES
+
+
+@functools.cache
+def view_seconds(views: ViewsConfig, side: int) -> float:
+    """Return the seconds one core of this machine takes to make one view, by a short trial."""
+    make = Views(views, image_size=side, seed=0, num_views=1)
+    images = [torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8)]
+    ids = torch.arange(64)
+    return _timed_on_one_thread(lambda: make(images, ids, 0)) / 64
+
+
+def _timed_on_one_thread(action: Callable[[], object]) -> float:
+    """Return the shortest of two timings, after one call to warm up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        action()
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            action()
+            seconds.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds)
+
+
+def network_seconds(
+    backbone: BackboneConfig, side: int, *, passes: float, resources: Resources, bfloat16: bool
+) -> tuple[float, str]:
+    """Return seconds per image over all workers, and what that assumes.
+
+    passes: in units of one forward pass; forward and backward together are three.
+    """
+    workers = max(resources.workers, 1)
+    if resources.gpus:
+        seconds = passes * network(backbone, side).flops / GPU_FLOPS
+        return seconds / (workers * resources.gpus), f"{GPU_FLOPS / 1e12:.0f} TFLOP/s a GPU"
+    one = forward_seconds(backbone, side, bfloat16=bfloat16)
+    note = f"{1 / one:,.0f} images/s forward a core, timed on this machine"
+    return passes * one / (workers * resources.cpus), note
+
+
+def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Path) -> Cost:
+    """Return what a stage of an experiment costs for num_images images (None: not known yet).
+
+    A rate that an interrupted run left in `folder` is used in place of an assumption.
+    """
+    if num_images is None:
+        return Cost(assumes="the number of images is not known before ingest")
+    match stage:
+        case "ingest":
+            return _ingest(experiment, num_images)
+        case "pretext" | "scan" | "selflabel":
+            return _training(experiment, stage, num_images, folder)
+        case "embed":
+            return _embed(experiment, num_images)
+        case "graph":
+            return _graph(experiment, num_images)
+        case "probe":
+            return _probe(experiment, num_images)
+    return _tables(experiment, num_images)
+
+
+def _ingest(e: Experiment, n: int) -> Cost:
+    assert e.ingest is not None
+    side, encoding = e.ingest.image_size, e.ingest.encoding
+    stored = side * side * 3 * {"raw": 1.0, "png": 0.7, "jpeg": 0.15}[encoding]
+    per_s = DECODED_PER_S * max(e.ingest.resources.workers, 1) * e.ingest.resources.cpus
+    return Cost(
+        memory_bytes=int(2 * e.ingest.shard_size * side * side * 3) + WORKER_BYTES,
+        disk_bytes=int(n * (stored + ROW_BYTES)),
+        seconds=n / per_s,
+        assumes=f"{DECODED_PER_S:.0f} photos/s a CPU, {stored / 1e3:.1f} kB an image as {encoding}",
+    )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Forward passes per image and step, a backward pass counting two; outputs kept per image."""
+
+    config: TrainConfig
+    views: ViewsConfig
+    passes: float
+    kept: float
+    copies: float
+    """Sets of weights in memory: the network, its gradient, optimizer state, an EMA copy."""
+    num_views: int = 2
+
+
+def _described(e: Experiment, stage: str) -> _Training:
+    match stage:
+        case "pretext":
+            assert e.pretext is not None
+            moco = isinstance(e.pretext.method, MoCoConfig)
+            both = moco and e.pretext.method.symmetric  # type: ignore[union-attr]
+            passes = (8 if both else 4) if moco else 6
+            copies = 4 if moco else 3
+            return _Training(e.pretext, e.pretext.views, passes, 1 if moco else 2, copies)
+        case "scan":
+            assert e.scan is not None
+            frozen = e.scan.freeze_backbone
+            return _Training(e.scan, e.scan.views, 2 if frozen else 6, 0.1 if frozen else 2, 4)
+        case _:
+            assert e.selflabel is not None
+            return _Training(e.selflabel, e.selflabel.views, 4, 1, 4, num_views=1)
+
+
+def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
+    assert e.pretext is not None and e.ingest is not None
+    made = _described(e, stage)
+    side, backbone = made.views.size or e.ingest.image_size, e.pretext.backbone
+    net, bfloat16 = network(backbone, side), made.config.precision == "bfloat16"
+    ask, batch = made.config.resources, made.config.batch_size
+    per_worker = batch / max(ask.workers, 1) / made.config.accumulate
+    kept = net.activation_bytes * made.kept * per_worker * (0.6 if bfloat16 else 1)
+    num_images = n // batch * batch * made.config.epochs
+    seconds, note = _seconds_per_image(made, backbone, side, e.ingest.image_size, folder)
+    return Cost(
+        memory_bytes=int(WORKER_BYTES + net.parameters * 4 * made.copies + kept),
+        disk_bytes=net.parameters * 4 * 4 + _assignments(e, stage, n),
+        seconds=num_images * seconds,
+        assumes=f"{num_images:,} images in {made.config.epochs} epochs, {note}",
+    )
+
+
+def _assignments(e: Experiment, stage: str, n: int) -> int:
+    """Return the bytes of clusters and probabilities of every image, float32."""
+    return n * (e.scan.num_clusters + 1) * 4 if e.scan and stage != "pretext" else 0
+
+
+def _seconds_per_image(
+    made: _Training, backbone: BackboneConfig, side: int, stored: int, folder: Path
+) -> tuple[float, str]:
+    measured = [
+        r["images_per_s"] for r in read_records(folder / "metrics.jsonl") if r.get("images_per_s")
+    ]
+    if measured:
+        rate = sorted(measured)[len(measured) // 2]
+        return 1 / rate, f"{rate:,.0f} images/s, as this stage ran before it was interrupted"
+    ask, bfloat16 = made.config.resources, made.config.precision == "bfloat16"
+    network_s, note = network_seconds(
+        backbone, side, passes=made.passes, resources=ask, bfloat16=bfloat16
+    )
+    if ask.gpus:
+        return network_s, note
+    views_s = view_seconds(made.views, stored) * made.num_views / (max(ask.workers, 1) * ask.cpus)
+    return network_s + views_s, f"{made.passes:g} passes an image, {note}, views timed too"
+
+
+def _embed(e: Experiment, n: int) -> Cost:
+    assert e.pretext is not None and e.ingest is not None and e.embed is not None
+    side = e.pretext.views.size or e.ingest.image_size
+    net, batch = network(e.pretext.backbone, side), e.embed.batch_size
+    seconds, note = network_seconds(
+        e.pretext.backbone,
+        side,
+        passes=1,
+        resources=e.embed.resources,
+        bfloat16=e.embed.precision == "bfloat16",
+    )
+    return Cost(
+        # A layer's output is freed when the next has read it: about a quarter is alive at once.
+        memory_bytes=WORKER_BYTES + net.parameters * 4 + net.activation_bytes * batch // 4,
+        disk_bytes=n * net.dim * 4,
+        seconds=n * seconds,
+        assumes=f"d={net.dim} at most, {note}",
+    )
+
+
+def _graph(e: Experiment, n: int) -> Cost:
+    assert e.pretext is not None and e.ingest is not None and e.graph is not None
+    ask, dim = e.graph.resources, network(e.pretext.backbone, 64).dim
+    speed = GPU_SEARCH_FLOPS * ask.gpus if ask.gpus else SEARCH_FLOPS * ask.cpus
+    return Cost(
+        memory_bytes=WORKER_BYTES + n * dim * 4 // max(ask.workers, 1),
+        disk_bytes=n * e.graph.k * 8,
+        seconds=2.0 * n * n * dim / (speed * max(ask.workers, 1)),
+        assumes=f"every pair compared, d={dim} at most, {speed / 1e9:.0f} GFLOP/s a worker",
+    )
+
+
+def _probe(e: Experiment, n: int) -> Cost:
+    assert e.pretext is not None
+    dim = network(e.pretext.backbone, 64).dim
+    return Cost(
+        memory_bytes=WORKER_BYTES + n * dim * 4,
+        disk_bytes=1_000_000,
+        assumes=f"every labelled embedding in memory, d={dim} at most; minutes",
+    )
+
+
+def _tables(e: Experiment, n: int) -> Cost:
+    clusters = e.scan.num_clusters if e.scan else 0
+    return Cost(
+        memory_bytes=WORKER_BYTES + n * 16,
+        disk_bytes=1_000_000 + n * ROW_BYTES,
+        seconds=n * (clusters + 100) * 1e-7,
+        assumes="one pass over clusters, neighbors and labels",
+    )

@@ -1,0 +1,117 @@
+"""Runs an experiment: its stages in order, what is current skipped, all of it tracked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfsup_ray.artifacts import read_done, write_text
+from selfsup_ray.config import load, to_dict
+from selfsup_ray.experiment import Experiment, seeded
+from selfsup_ray.planning import plan_experiment, require_room
+from selfsup_ray.progress import clock
+from selfsup_ray.report import write_report
+from selfsup_ray.steps import run_stage
+from selfsup_ray.tracking import Store, Tracker, open_run
+
+log = logging.getLogger(__name__)
+
+TRAINED = {"pretext", "scan", "selflabel"}
+"""Stages whose workers must all be there at once; those of the others are an upper bound."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves, for a person to open next."""
+
+    out: Path
+    report: Path
+    store: str
+    """URI of the MLflow store."""
+    pseudo_labels: Path | None
+
+    def text(self) -> str:
+        """Return the lines that end a run."""
+        lines = [
+            f"report         {self.report}",
+            f"MLflow store   {self.store}   (mlflow ui --backend-store-uri {self.store})",
+        ]
+        if self.pseudo_labels is not None:
+            lines.append(f"pseudo-labels  {self.pseudo_labels}")
+        return "\n".join(lines)
+
+
+def run(
+    path: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    until: str | None = None,
+    address: str | None = None,
+) -> Result:
+    """Run the stages of an experiment file that are not current, then write the report.
+
+    changes: dotted config keys, e.g. {"pretext.epochs": 10}. A run that was killed continues
+    where it was. Raises UserError for a mistake in the file, before anything is spent.
+    """
+    return run_experiment(load(Experiment, path, changes), only=only, until=until, address=address)
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    only: Sequence[str] | None = None,
+    until: str | None = None,
+    address: str | None = None,
+) -> Result:
+    """Run an experiment that was made in Python; see `run`."""
+    experiment = seeded(experiment)
+    made = plan_experiment(experiment, only=only, until=until)
+    require_room(made)
+    for step in made.steps:
+        if step.state == "current":
+            log.info("%s: %s is current", step.stage, experiment.folder(step.stage))
+    if made.to_run:
+        _run_stages(made.to_run, experiment, address)
+    else:
+        write_report(experiment.out)
+    pseudo_labels = experiment.folder("export") / "pseudo_labels.parquet"
+    store = Store.beside(experiment.out, experiment.tracking).uri
+    return Result(
+        experiment.out,
+        experiment.out / "report.html",
+        store,
+        pseudo_labels if pseudo_labels.exists() else None,
+    )
+
+
+def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | None) -> None:
+    """Run stages in one Ray session, each as a child of the experiment's MLflow run."""
+    from selfsup_ray.cluster.session import require_resources, session
+
+    out, tracking = experiment.out, experiment.tracking
+    text = yaml.safe_dump(to_dict(experiment), sort_keys=False)
+    with (
+        session(address),
+        open_run(out, tracking, name=out.name, params=experiment) as parent,
+    ):
+        for stage in set(stages) & TRAINED:
+            require_resources(getattr(experiment, stage).resources, stage=stage)
+        write_text(out / "experiment.yaml", text)
+        for stage in stages:
+            _run_tracked(stage, experiment, parent)
+        parent.artifact(out / "experiment.yaml")
+        parent.artifact(write_report(out))
+
+
+def _run_tracked(stage: str, experiment: Experiment, parent: Tracker) -> None:
+    folder, name = experiment.folder(stage), f"{experiment.out.name}/{stage}"
+    params, tracking = getattr(experiment, stage), experiment.tracking
+    with open_run(folder, tracking, name=name, params=params, parent=parent) as tracker:
+        run_stage(stage, experiment, experiment.folder, tracker)
+    log.info("%s: finished in %s", stage, clock(read_done(folder).seconds))

@@ -1,0 +1,236 @@
+"""plan: which stages would run and why, and what each costs, before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from selfsup_ray.artifacts import Progress, progress, require_disk
+from selfsup_ray.config import Resources, load
+from selfsup_ray.costs import Cost, cost
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.data.sources import Source
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.experiment import Experiment, require_stages, seeded
+from selfsup_ray.progress import clock
+from selfsup_ray.steps import Folders, fingerprint_of
+
+COUNTING_S = 10.0
+"""Seconds that counting the images of a source may take."""
+
+State = Literal["current", "run", "continue", "left out"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan: what happens to it, why, and what it costs."""
+
+    stage: str
+    state: State
+    why: str
+    resources: Resources
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; `num_images` is None before ingest when the source cannot tell."""
+
+    out: Path
+    num_images: int | None
+    steps: tuple[Step, ...]
+
+    @property
+    def to_run(self) -> tuple[str, ...]:
+        """Names of the stages that would run, in order."""
+        return tuple(step.stage for step in self.steps if step.state in ("run", "continue"))
+
+    def json(self) -> str:
+        """Return the plan as JSON: bytes and seconds, null where unknown."""
+        return json.dumps(asdict(self), indent=2, default=str)
+
+    def text(self) -> str:
+        """Return the plan as a table, with totals and what the figures assume below it."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("stage", "", "why", "workers", "memory", "disk", "time"):
+            figures = name in ("memory", "disk", "time")
+            table.add_column(name, justify="right" if figures else "left", overflow="fold")
+        for step in self.steps:
+            table.add_row(*_row(step))
+        images = "unknown" if self.num_images is None else f"{self.num_images:,}"
+        lines = [f"{self.out}: {images} images", "", _drawn(table), self._totals()]
+        notes = [f"  {s.stage}: {s.cost.assumes}" for s in self.steps if s.cost.assumes]
+        if notes:
+            lines += ["", "The figures assume (memory is a worker's peak):", *notes]
+        return "\n".join(lines)
+
+    def _totals(self) -> str:
+        left = [step.cost for step in self.steps if step.stage in self.to_run]
+        if not left:
+            return "Nothing to run."
+        seconds = sum(c.seconds or 0 for c in left)
+        return (
+            f"To run: about {clock(seconds)}, {size(sum(c.disk_bytes or 0 for c in left))} on disk."
+        )
+
+
+def plan(
+    path: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    until: str | None = None,
+) -> Plan:
+    """Return what `run` with the same arguments would do; nothing is written or started."""
+    experiment = seeded(load(Experiment, path, changes))
+    return plan_experiment(experiment, only=only, until=until)
+
+
+def plan_experiment(
+    experiment: Experiment, *, only: Sequence[str] | None = None, until: str | None = None
+) -> Plan:
+    """Return what running a seeded experiment would do, with the cost of each stage.
+
+    Raises ConfigError for stages it does not have, and ArtifactError when a folder was made with
+    another config or from another input, or when an input of a selected stage is missing.
+    """
+    chosen = selected(experiment, only=only, until=until)
+    states = stage_states(experiment, experiment.folder, chosen)
+    n = count_images(experiment)
+    steps = []
+    for stage, (state, why) in states.items():
+        config = getattr(experiment, stage)
+        will_run = state in ("run", "continue")
+        made = cost(experiment, stage, n, experiment.folder(stage)) if will_run else Cost()
+        steps.append(Step(stage, state, why, config.resources, made))
+    return Plan(experiment.out, n, tuple(steps))
+
+
+def selected(
+    experiment: Experiment, *, only: Sequence[str] | None, until: str | None
+) -> tuple[str, ...]:
+    """Return the stages that `--only` and `--until` leave, in order.
+
+    Raises ConfigError naming a stage the experiment does not have.
+    """
+    require_stages(experiment, [*(only or ()), *([until] if until else ())])
+    stages = experiment.stages
+    if until is not None:
+        stages = stages[: stages.index(until) + 1]
+    return stages if only is None else tuple(stage for stage in stages if stage in only)
+
+
+def stage_states(
+    experiment: Experiment, at: Folders, chosen: Sequence[str]
+) -> dict[str, tuple[State, str]]:
+    """Return state and reason of every stage of an experiment whose stages live at `at`.
+
+    Raises ArtifactError when a folder was made otherwise, or a chosen stage's input is missing.
+    """
+    states: dict[str, tuple[State, str]] = {}
+    for stage in experiment.stages:
+        found = progress(at(stage), stage=stage, config=getattr(experiment, stage))
+        if stage not in chosen:
+            states[stage] = ("left out", f"not asked for; {found.state}")
+            continue
+        for name in experiment.inputs(stage):
+            _require_input(stage, name, states[name], at)
+        states[stage] = _state(experiment, stage, at, found, states)
+    return states
+
+
+def _require_input(stage: str, name: str, state: tuple[State, str], at: Folders) -> None:
+    if state[0] == "left out" and not (at(name) / "done.json").exists():
+        raise ArtifactError(
+            f"{stage} reads {at(name)}, which has not finished. Run {name} too: leave out --only, "
+            f"or add {name} to it."
+        )
+
+
+def _state(
+    experiment: Experiment,
+    stage: str,
+    at: Folders,
+    found: Progress,
+    states: Mapping[str, tuple[State, str]],
+) -> tuple[State, str]:
+    if found.state == "absent":
+        return "run", "not made yet"
+    if found.state == "unfinished":
+        return "continue", "was interrupted"
+    inputs = experiment.inputs(stage)
+    remade = [name for name in inputs if states[name][0] in ("run", "continue")]
+    if remade:
+        return "current", f"finished; {remade[0]} is made again and must come out the same"
+    _require_same_inputs(at(stage), found, {fingerprint_of(at(name)) for name in inputs})
+    return "current", "finished, same config and inputs"
+
+
+def _require_same_inputs(folder: Path, found: Progress, known: set[str]) -> None:
+    for name, fingerprint in found.inputs.items():
+        if fingerprint not in known:
+            raise ArtifactError(
+                f"{folder} was built from another {name} ({fingerprint[:12]}) than is there now. "
+                f"Choose another `out`, or delete the folder to rebuild it."
+            )
+
+
+def count_images(experiment: Experiment) -> int | None:
+    """Return how many images the corpus has, or the source lists; None when that takes too long.
+
+    Raises ArtifactError when the source does not exist or holds no image.
+    """
+    folder, ingest = experiment.folder("ingest"), experiment.ingest
+    if (folder / "done.json").exists():
+        return len(Corpus.open(folder))
+    if ingest is None or ingest.source is None:
+        return None
+    deadline, count = time.monotonic() + COUNTING_S, 0
+    for count, _ in enumerate(Source(ingest.source, ingest.columns).items(), start=1):  # noqa: B007
+        if time.monotonic() > deadline:
+            return None
+    return count
+
+
+def require_room(plan: Plan) -> None:
+    """Raise ArtifactError unless the disk has room for what a plan's stages leave."""
+    wanted = sum(step.cost.disk_bytes or 0 for step in plan.steps if step.stage in plan.to_run)
+    require_disk(plan.out, size_bytes=wanted)
+
+
+def size(num_bytes: int | None) -> str:
+    """Return bytes as people write them: 12 MB, 3.4 GB; "" when unknown."""
+    if num_bytes is None:
+        return ""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            value = num_bytes / scale
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    ask, made = step.resources, step.cost
+    if step.state not in ("run", "continue"):
+        return step.stage, step.state, step.why, "", "", "", ""
+    each = f"{ask.cpus:g} CPU" + (f" + {ask.gpus:g} GPU" if ask.gpus else "")
+    workers = "in this process" if ask.workers == 0 else f"{ask.workers} x {each}"
+    seconds = "" if made.seconds is None else clock(made.seconds)
+    figures = (size(made.memory_bytes), size(made.disk_bytes), seconds)
+    return step.stage, step.state, step.why, workers, *figures
+
+
+def _drawn(table: Table) -> str:
+    console = Console(file=StringIO(), width=110, color_system=None)
+    console.print(table)
+    file = console.file
+    assert isinstance(file, StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

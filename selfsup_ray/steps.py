@@ -1,0 +1,133 @@
+"""One step of a run: a stage called with its inputs opened from the folders of other stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfsup_ray.artifacts import read_done
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.experiment import Experiment
+from selfsup_ray.models.clusterer import Clusterer
+from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.stages.embed import Embeddings, embed
+from selfsup_ray.stages.evaluate import evaluate_run
+from selfsup_ray.stages.export import export
+from selfsup_ray.stages.graph import Graph, build_graph
+from selfsup_ray.stages.ingest import ingest
+from selfsup_ray.stages.pretext import pretrain
+from selfsup_ray.stages.scan import scan
+from selfsup_ray.stages.selflabel import self_label
+
+if TYPE_CHECKING:
+    from selfsup_ray.tracking import Tracker
+
+Folders = Callable[[str], Path]
+"""Stage name -> the folder that stage owns."""
+Artifact = Corpus | Encoder | Embeddings | Graph | Clusterer
+
+CLUSTERINGS = ("scan", "selflabel")
+"""Stages that leave a Clusterer; the last one of a run is its result."""
+
+HANDLES: dict[str, Callable[[Path], Artifact]] = {
+    "ingest": Corpus.open,
+    "pretext": Encoder.open,
+    "embed": Embeddings.open,
+    "graph": Graph.open,
+    "scan": Clusterer.open,
+    "selflabel": Clusterer.open,
+}
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """Return the handle on a finished stage's folder, of the type that stage makes.
+
+    Raises ArtifactError when nothing has finished there, or the stage leaves no handle.
+    """
+    path = Path(path)
+    stage = read_done(path).stage
+    if stage not in HANDLES:
+        raise ArtifactError(
+            f"{path} holds the stage `{stage}`, which leaves tables and numbers and no handle. "
+            f"Read its files, e.g. {path / 'done.json'}."
+        )
+    return HANDLES[stage](path)
+
+
+def fingerprint_of(path: Path) -> str:
+    """Return the fingerprint under which other stages know a finished stage's result."""
+    if read_done(path).stage in HANDLES:
+        return open_artifact(path).fingerprint
+    return read_done(path).fingerprint
+
+
+def run_stage(stage: str, experiment: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    """Run one stage, or find its folder current; its inputs must have finished.
+
+    Raises whatever the stage raises, ArtifactError when an input is missing.
+    """
+    RUN[stage](experiment, at, tracker)
+
+
+def _ingest(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    ingest(None, e.ingest, out=at("ingest"), tracker=tracker)
+
+
+def _pretext(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    pretrain(Corpus.open(at("ingest")), e.pretext, out=at("pretext"), tracker=tracker)
+
+
+def _embed(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus, encoder = Corpus.open(at("ingest")), Encoder.open(at("pretext"))
+    embed(corpus, encoder, e.embed, out=at("embed"), tracker=tracker)
+
+
+def _graph(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus = Corpus.open(at("ingest"))
+    labels = corpus.labels if corpus.has_labels else None  # for the report's figure alone
+    features = Embeddings.open(at("embed"))
+    build_graph(features, e.graph, out=at("graph"), labels=labels, tracker=tracker)
+
+
+def _scan(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    assert e.scan is not None
+    corpus, encoder = Corpus.open(at("ingest")), Encoder.open(at("pretext"))
+    scan(corpus, encoder, Graph.open(at("graph")), e.scan, out=at("scan"), tracker=tracker)
+
+
+def _selflabel(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus, clusterer = Corpus.open(at("ingest")), Clusterer.open(at("scan"))
+    self_label(corpus, clusterer, e.selflabel, out=at("selflabel"), tracker=tracker)
+
+
+def _evaluate(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    evaluate_run(
+        {name: Clusterer.open(at(name)) for name in CLUSTERINGS if name in e.stages},
+        Corpus.open(at("ingest")),
+        e.evaluate,
+        out=at("evaluate"),
+        features=Embeddings.open(at("embed")),
+        graph=Graph.open(at("graph")) if "graph" in e.stages else None,
+        tracker=tracker,
+    )
+
+
+def _export(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    names = [name for name in CLUSTERINGS if name in e.stages]
+    clusterer = Clusterer.open(at(names[-1])) if names else None
+    corpus, encoder = Corpus.open(at("ingest")), Encoder.open(at("pretext"))
+    export(corpus, encoder, clusterer, e.export, out=at("export"), tracker=tracker)
+
+
+RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
+    "ingest": _ingest,
+    "pretext": _pretext,
+    "embed": _embed,
+    "graph": _graph,
+    "scan": _scan,
+    "selflabel": _selflabel,
+    "evaluate": _evaluate,
+    "export": _export,
+}
