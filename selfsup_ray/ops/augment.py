@@ -7,14 +7,23 @@ is split or ordered does not matter. Numbers are drawn on the CPU, so that no GP
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from selfsup_ray.ops import color, geometry, strong_augment
-from selfsup_ray.ops.geometry import BOX_DRAWS, Interpolation, resized, square_boxes
+from selfsup_ray.ops import color, strong_augment
+from selfsup_ray.ops.geometry import (
+    BOX_DRAWS,
+    Interpolation,
+    affine_nearest,
+    random_boxes,
+    resized,
+    rotations,
+    square_boxes,
+)
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.ops.strong_augment import STRONG_DRAWS
 
@@ -62,16 +71,88 @@ class Recipe:
     """Largest side of the Cutout hole; 0 for none."""
 
 
-# Columns of the table of uniforms that one view draws per image.
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for each image of a batch: tensors with B rows, on the CPU."""
+
+    boxes: Tensor
+    """(B, 4) int64 crop: top, left, height, width."""
+    flips: Tensor
+    """(B,) bool, as are `turned`, `jittered`, `gray`, `blurred` and `solarized`."""
+    turned: Tensor
+    degrees: Tensor
+    """(B,) rotation, if turned."""
+    jittered: Tensor
+    jitter: Tensor
+    """(B, 16) `color.jitter_table`."""
+    gray: Tensor
+    blurred: Tensor
+    sigmas: Tensor
+    """(B,) standard deviation in pixels, if blurred."""
+    solarized: Tensor
+    hole: Tensor
+    """(B, 3) uniforms for `strong_augment.cutout`."""
+    strong: Tensor
+    """(B, 3 strong_ops) uniforms for `strong_augment.strong_augment`."""
+
+    def rows(self, rows: Tensor) -> Draws:
+        """Return the draws of some images; rows: (b,) int64."""
+        return Draws(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+# Columns of the table of uniforms that one view takes per image.
 _BOX = slice(0, BOX_DRAWS)
 _FLIP, _GRAY, _SOLARIZE, _JITTER, _BLUR, _ROTATE = range(BOX_DRAWS, BOX_DRAWS + 6)
 _FACTORS = slice(_ROTATE + 1, _ROTATE + 5)
 _ORDER, _SIGMA, _DEGREES = range(_FACTORS.stop, _FACTORS.stop + 3)
 _HOLE = slice(_DEGREES + 1, _DEGREES + 4)
-_STRONG = _HOLE.stop
 
-# Bytes of float view handled at a time on a CPU: a few such arrays stay in the second-level cache.
-_CHUNK_BYTES = 1 << 19
+
+def draw(
+    recipe: Recipe, *, side: int, seed: int, epoch: int, ids: Tensor, stream: int = 0
+) -> Draws:
+    """Return all random numbers of a batch of views; side: of the stored images."""
+    columns = _HOLE.stop + STRONG_DRAWS * recipe.strong_ops
+    u = uniforms(seed=seed, epoch=epoch, ids=ids.cpu(), draws=columns, stream=stream).double()
+    if recipe.scale is None:
+        boxes = square_boxes(u[:, _BOX][:, -2:], side=side, share=recipe.share)
+    else:
+        boxes = random_boxes(u[:, _BOX], side=side, scale=recipe.scale, ratio=recipe.ratio)
+    low, high = recipe.blur_sigma
+    return Draws(
+        boxes=boxes,
+        flips=u[:, _FLIP] < recipe.flip_p,
+        turned=u[:, _ROTATE] < recipe.rotate_p,
+        degrees=(2 * u[:, _DEGREES] - 1) * recipe.rotate_degrees,
+        jittered=u[:, _JITTER] < recipe.jitter_p,
+        jitter=color.jitter_table(
+            _jitter_factors(u[:, _FACTORS], recipe),
+            (u[:, _ORDER] * len(color.ORDERS)).long(),
+            additive_brightness=recipe.additive_brightness,
+        ),
+        gray=u[:, _GRAY] < recipe.gray_p,
+        blurred=u[:, _BLUR] < recipe.blur_p,
+        sigmas=low + (high - low) * u[:, _SIGMA],
+        solarized=u[:, _SOLARIZE] < recipe.solarize_p,
+        hole=u[:, _HOLE],
+        strong=u[:, _HOLE.stop :],
+    )
+
+
+def _jitter_factors(uniforms: Tensor, recipe: Recipe) -> Tensor:
+    """Return (B, 4) factors for `color.jitter_table`, distributed as torchvision's."""
+    strengths = uniforms.new_tensor(recipe.jitter)
+    low, high = (1 - strengths).clamp(min=0), 1 + strengths
+    low[color.HUE], high[color.HUE] = -strengths[color.HUE], strengths[color.HUE]
+    if recipe.additive_brightness:
+        high[color.BRIGHTNESS] = 255 * strengths[color.BRIGHTNESS]
+        low[color.BRIGHTNESS] = -high[color.BRIGHTNESS]
+    return low + (high - low) * uniforms
+
+
+# Bytes of float view handled at a time on a CPU: larger chunks fall out of the second-level cache,
+# smaller ones drown in calls.
+_CHUNK_BYTES = 1 << 20
 
 
 def augment(
@@ -82,25 +163,19 @@ def augment(
     images: (B, 3, S, S) uint8, any memory format, any device. ids: (B,) int64 image ids.
     """
     _check(images)
-    draws = uniforms(
-        seed=seed,
-        epoch=epoch,
-        ids=ids.cpu(),
-        draws=_STRONG + STRONG_DRAWS * recipe.strong_ops,
-        stream=stream,
-    ).double()
+    draws = draw(recipe, side=images.shape[-1], seed=seed, epoch=epoch, ids=ids, stream=stream)
     out = images.new_empty((len(images), 3, recipe.size, recipe.size), dtype=torch.float32)
-    chunk = len(images)
-    if images.device.type == "cpu":
-        chunk = max(8, _CHUNK_BYTES // (12 * recipe.size**2))
-    for start in range(0, len(images), max(chunk, 1)):
-        rows = slice(start, start + chunk)
-        view = _colored(_cropped(images[rows], recipe, draws[rows]), recipe, draws[rows])
-        if recipe.strong_ops:
-            view = strong_augment.strong_augment(view, draws[rows, _STRONG:])
-        _normalize(view, mean=recipe.mean, std=recipe.std, out=out[rows])
+    scale, shift = _scale_shift(out, mean=recipe.mean, std=recipe.std)
+    # Jittered images first, those that turn hue at the same place side by side: then the jitter
+    # works on slices, without copies.
+    order = torch.where(draws.jittered, draws.jitter[:, 0], 4).argsort(stable=True)
+    for rows in torch.split(order, _chunk_size(images, recipe)):
+        chosen = draws.rows(rows)
+        rows = rows.to(images.device)
+        view = _view(_select(images, rows), chosen, recipe).mul_(scale).add_(shift)
         if recipe.cutout:
-            strong_augment.cutout(out[rows], draws[rows, _HOLE], length=recipe.cutout)
+            strong_augment.cutout(view, chosen.hole, length=recipe.cutout)
+        out.index_copy_(0, rows, view)
     return out
 
 
@@ -121,7 +196,8 @@ def center(
     middle = torch.full((len(images), 2), 0.5, dtype=torch.float64)
     boxes = square_boxes(middle, side=images.shape[-1], share=share)
     view = resized(images, boxes, size=size)
-    return _normalize(view, mean=mean, std=std, out=view)
+    scale, shift = _scale_shift(view, mean=mean, std=std)
+    return view.mul_(scale).add_(shift)
 
 
 def _check(images: Tensor) -> None:
@@ -131,87 +207,69 @@ def _check(images: Tensor) -> None:
     )
 
 
-def _normalize(
-    view: Tensor,
-    *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    out: Tensor,
-) -> Tensor:
-    """Write (view / 255 - mean) / std as one product and sum."""
+def _scale_shift(
+    view: Tensor, *, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[Tensor, Tensor]:
+    """Return a and b, (3, 1, 1), with (level / 255 - mean) / std = a level + b."""
     scale = view.new_tensor([1 / (255 * s) for s in std]).view(3, 1, 1)
     shift = view.new_tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
-    return torch.addcmul(shift, view, scale, out=out)
+    return scale, shift
 
 
-def _cropped(images: Tensor, recipe: Recipe, draws: Tensor) -> Tensor:
-    side = images.shape[-1]
+def _chunk_size(images: Tensor, recipe: Recipe) -> int:
+    if images.device.type != "cpu":
+        return max(len(images), 1)
+    return max(2, _CHUNK_BYTES // (12 * recipe.size**2))
+
+
+def _view(images: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
+    """Return the views of some images, float levels in [0, 255]."""
     if recipe.rotate_p > 0:
-        degrees = (2 * draws[:, _DEGREES] - 1) * recipe.rotate_degrees
-        turned = (draws[:, _ROTATE] < recipe.rotate_p).nonzero()[:, 0]
-        matrices = geometry.rotations(degrees[turned], side=side)
-        images = _on_rows(
-            images.clone(), turned, lambda part: geometry.affine_nearest(part.float(), matrices)
-        )
-    if recipe.scale is None:
-        boxes = square_boxes(draws[:, _BOX][:, -2:], side=side, share=recipe.share)
-    else:
-        boxes = geometry.random_boxes(
-            draws[:, _BOX], side=side, scale=recipe.scale, ratio=recipe.ratio
-        )
-    flips = draws[:, _FLIP] < recipe.flip_p if recipe.flip_p > 0 else None
-    return resized(images, boxes, size=recipe.size, flips=flips, interpolation=recipe.interpolation)
-
-
-def _colored(view: Tensor, recipe: Recipe, draws: Tensor) -> Tensor:
-    chances = {
-        "jitter": (_JITTER, recipe.jitter_p),
-        "gray": (_GRAY, recipe.gray_p),
-        "blur": (_BLUR, recipe.blur_p),
-        "solarize": (_SOLARIZE, recipe.solarize_p),
-    }
+        matrices = rotations(draws.degrees[draws.turned], side=images.shape[-1])
+        rotate = partial(affine_nearest, matrices=matrices)
+        images = _where(draws.turned, images, lambda part: rotate(part.float()))
+    view = resized(
+        images,
+        draws.boxes,
+        size=recipe.size,
+        flips=draws.flips,
+        interpolation=recipe.interpolation,
+    )
     for step in recipe.order:
-        column, chance = chances[step]
-        rows = (draws[:, column] < chance).nonzero()[:, 0]
-        if len(rows):
-            operation = _color_operation(step, recipe, draws[rows])
-            view = _on_rows(view, rows, operation)
-    return view
+        view = _color_step(step, view, draws, recipe)
+    return strong_augment.strong_augment(view, draws.strong) if recipe.strong_ops else view
 
 
-def _color_operation(step: ColorStep, recipe: Recipe, draws: Tensor) -> Callable[[Tensor], Tensor]:
+def _color_step(step: ColorStep, view: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
     match step:
         case "jitter":
-            factors = jitter_factors(draws[:, _FACTORS], recipe)
-            orders = (draws[:, _ORDER] * len(color.ORDERS)).long()
-            return lambda part: color.jitter(
-                part, factors, orders, additive_brightness=recipe.additive_brightness
-            )
+            first = int(draws.jittered.sum())  # `augment` has put the jittered images first
+            color.jitter_(view[:first], draws.jitter[:first])
+            return view
         case "gray":
-            return color.grayscale
+            return _where(draws.gray, view, color.grayscale)
         case "blur":
-            low, high = recipe.blur_sigma
-            sigmas = low + (high - low) * draws[:, _SIGMA]
-            return lambda part: color.blur(part, sigmas, radius=recipe.blur_radius)
+            sigmas = draws.sigmas[draws.blurred]
+            blur = partial(color.blur, sigmas=sigmas, radius=recipe.blur_radius)
+            return _where(draws.blurred, view, blur)
         case "solarize":
-            return lambda part: color.solarize(part, 255 * recipe.solarize_threshold)
+            solarize = partial(color.solarize, thresholds=255 * recipe.solarize_threshold)
+            return _where(draws.solarized, view, solarize)
 
 
-def jitter_factors(uniforms: Tensor, recipe: Recipe) -> Tensor:
-    """Return (B, 4) factors for `color.jitter` from uniforms (B, 4), as torchvision draws them."""
-    strengths = uniforms.new_tensor(recipe.jitter)
-    low, high = (1 - strengths).clamp(min=0), 1 + strengths
-    low[color.HUE], high[color.HUE] = -strengths[color.HUE], strengths[color.HUE]
-    if recipe.additive_brightness:
-        high[0] = 255 * strengths[0]
-        low[0] = -high[0]
-    return low + (high - low) * uniforms
-
-
-def _on_rows(images: Tensor, rows: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return images with an operation applied to some of them; images may be overwritten."""
+def _where(chosen: Tensor, images: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return images with an operation applied to the chosen ones, in place where possible."""
+    rows = chosen.nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
     if len(rows) == len(images):
         return operation(images).to(images.dtype)
     rows = rows.to(images.device)
-    changed = operation(images.index_select(0, rows))
-    return images.index_copy_(0, rows, changed.to(images.dtype))
+    return images.index_copy_(0, rows, operation(_select(images, rows)).to(images.dtype))
+
+
+def _select(images: Tensor, rows: Tensor) -> Tensor:
+    """Return images[rows] in their memory format; index_select alone gives contiguous ones."""
+    if images.is_contiguous():
+        return images.index_select(0, rows)
+    return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)

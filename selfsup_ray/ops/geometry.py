@@ -96,11 +96,11 @@ def resized(
 _PLANAR = torch.contiguous_format
 
 
-def _flipped(images: Tensor, flips: Tensor | None) -> Tensor:
+def _flipped(images: Tensor, flips: Tensor | None, axis: int = 3) -> Tensor:
     if flips is None:
         return images
     rows = flips.nonzero()[:, 0].to(images.device)
-    return images.index_copy_(0, rows, images.index_select(0, rows).flip(3))
+    return images.index_copy_(0, rows, images.index_select(0, rows).flip(axis))
 
 
 def _resized_by_matrices(
@@ -108,41 +108,35 @@ def _resized_by_matrices(
 ) -> Tensor:
     """Resize by one (size, S) matrix per axis and image: rows @ image @ columns^T."""
     count, _, side, _ = images.shape
-    top, left, height, width = boxes.to(images.device, torch.float32).unbind(1)
-    rows = _resize_matrices(top, height, side, size, None, interpolation)
-    mirrored = None if flips is None else flips.to(images.device)
-    columns = _resize_matrices(left, width, side, size, mirrored, interpolation)
+    top, left, height, width = boxes.to(images.device, torch.float32).T
+    weights = _resize_matrices(
+        torch.cat([top, left]), torch.cat([height, width]), side, size, interpolation
+    )
+    rows, columns = weights[:count], weights[count:]
+    if flips is not None:
+        columns = _flipped(columns, flips, axis=1)
     images = images.to(torch.float32, memory_format=_PLANAR).view(count, 3 * side, side)
-    images = torch.bmm(images, columns.mT).view(count, 3, side, size)
+    images = torch.bmm(images, columns.mT).view(3 * count, side, size)
     # A copy of the matrix per channel: a broadcast product would make this copy and one more.
-    images = torch.bmm(rows.repeat_interleave(3, 0), images.view(3 * count, side, size))
+    images = torch.bmm(rows.repeat_interleave(3, 0), images)
     return images.round_().clamp_(0, 255).view(count, 3, size, size)
 
 
 def _resize_matrices(
-    start: Tensor,
-    length: Tensor,
-    side: int,
-    size: int,
-    mirrored: Tensor | None,
-    interpolation: Interpolation,
+    start: Tensor, length: Tensor, side: int, size: int, interpolation: Interpolation
 ) -> Tensor:
     """Return (B, size, S) weights of each source pixel in each output pixel; rows sum to 1.
 
-    start, length: (B,) the box on this axis. The filter is widened by the reduction (antialias)
-    and cut at the box's borders.
+    start, length: (B,) the box on one axis. The filter is widened by the reduction (antialias) and
+    cut at the box's borders.
     """
-    output = torch.arange(size, device=start.device) + 0.5
+    start, length = start[:, None, None], length[:, None, None]
+    output = torch.arange(size, device=start.device)[:, None] + 0.5
     pixels = torch.arange(side, device=start.device) + 0.5
-    output = output.expand(len(start), size)
-    if mirrored is not None:
-        output = torch.where(mirrored[:, None], size - output, output)
     stretch = length / size
-    center = start[:, None] + output * stretch[:, None]
-    distance = (pixels - center[:, :, None]).abs_().div_(stretch.clamp(min=1)[:, None, None])
+    distance = (pixels - (start + output * stretch)).div_(stretch.clamp(min=1)).abs_()
     weights = _triangle(distance) if interpolation == "bilinear" else _cubic(distance)
-    inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
-    weights.mul_(inside[:, None].float())
+    weights.mul_(((pixels > start) & (pixels < start + length)).float())
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 

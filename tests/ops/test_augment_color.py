@@ -36,7 +36,7 @@ def test_luma_and_grayscale_equal_torchvision():
 @pytest.mark.parametrize("turn", [-0.5, -0.31, -1 / 6, -0.01, 0.0, 0.1, 1 / 3, 0.4999, 0.5])
 def test_turn_hue_equals_torchvision_and_colorsys(turn):
     images = some_images()
-    got = color.turn_hue(images, torch.full((12,), turn, dtype=torch.float64))
+    got = color.turn_hue_(images.clone(), torch.full((12,), turn, dtype=torch.float64))
     torch.testing.assert_close(got, tv.adjust_hue(images / 255, turn) * 255, atol=0.01, rtol=0)
     for row in range(6):
         pixel = images[row, :, 3, 4].double() / 255
@@ -47,7 +47,7 @@ def test_turn_hue_equals_torchvision_and_colorsys(turn):
 
 def test_turn_hue_keeps_value_and_chroma_of_every_pixel():
     images = some_images()
-    got = color.turn_hue(images, torch.linspace(-0.5, 0.5, 12))
+    got = color.turn_hue_(images.clone(), torch.linspace(-0.5, 0.5, 12))
     torch.testing.assert_close(got.amax(1), images.amax(1), atol=1e-3, rtol=0)
     torch.testing.assert_close(got.amin(1), images.amin(1), atol=1e-3, rtol=0)
 
@@ -59,7 +59,7 @@ def test_each_jitter_operation_alone_equals_torchvision(name, factor):
     factor = factor / 2 - 0.5 if name == "hue" else factor
     factors = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64).repeat(12, 1)
     factors[:, number] = factor
-    got = color.jitter(images, factors, torch.arange(12))
+    got = color.jitter_(images.clone(), color.jitter_table(factors, torch.arange(12)))
     expected = torch.stack([ADJUST[number](image / 255, factor) for image in images]) * 255
     torch.testing.assert_close(got, expected, atol=0.02, rtol=0)
 
@@ -70,7 +70,7 @@ def test_jitter_equals_torchvision_in_all_24_orders_with_other_factors_per_image
     factors = torch.rand(48, 4, generator=generator, dtype=torch.float64) * 2
     factors[:, 3] = factors[:, 3] / 2 - 0.5
     orders = torch.arange(48).roll(5) % 24
-    got = color.jitter(images, factors, orders)
+    got = color.jitter_(images.clone(), color.jitter_table(factors, orders))
     for i in range(48):
         expected = images[i] / 255
         for step in color.ORDERS[orders[i]].tolist():
@@ -81,7 +81,7 @@ def test_jitter_equals_torchvision_in_all_24_orders_with_other_factors_per_image
 def test_jitter_agrees_with_pillow_to_its_rounding():
     images = some_images(24)
     factors = torch.tensor([[0.7, 1.3, 0.6, 0.0]], dtype=torch.float64).repeat(24, 1)
-    got = color.jitter(images, factors, torch.arange(24))
+    got = color.jitter_(images.clone(), color.jitter_table(factors, torch.arange(24)))
     for i in range(24):
         picture = tv.to_pil_image(images[i].byte())
         for step in color.ORDERS[i].tolist():
@@ -94,21 +94,23 @@ def test_jitter_agrees_with_pillow_to_its_rounding():
 def test_additive_brightness_adds_levels_and_clamps():
     images = some_images()
     factors = torch.tensor([[-60.0, 1.0, 1.0, 0.0]], dtype=torch.float64).repeat(12, 1)
-    got = color.jitter(images, factors, torch.arange(12), additive_brightness=True)
+    got = color.jitter_(
+        images.clone(), color.jitter_table(factors, torch.arange(12), additive_brightness=True)
+    )
     torch.testing.assert_close(got, (images - 60).clamp(0, 255), atol=1e-3, rtol=0)
 
 
-def test_jitter_leaves_its_input_alone_and_treats_images_one_by_one():
+def test_jitter_works_in_place_and_treats_images_one_by_one():
     images = some_images(24)
-    before = images.clone()
     generator = torch.Generator().manual_seed(2)
     factors = torch.rand(24, 4, generator=generator, dtype=torch.float64) - 0.2
     factors[:, 3] /= 2
     orders = torch.randint(0, 24, (24,), generator=generator)
-    whole = color.jitter(images, factors.abs(), orders)
-    assert torch.equal(images, before)
+    table = color.jitter_table(factors.abs(), orders)
+    whole = images.clone()
+    assert color.jitter_(whole, table) is whole
     for i in range(24):
-        alone = color.jitter(images[i : i + 1], factors[i : i + 1].abs(), orders[i : i + 1])
+        alone = color.jitter_(images[i : i + 1].clone(), table[i : i + 1])
         torch.testing.assert_close(alone[0], whole[i], atol=1e-3, rtol=0)
 
 
