@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from selfsup_ray import errors
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.config import Resources
+from selfsup_ray.errors import UserError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 Batch = Any  # dict of numpy arrays; Ray's own type is wider than any function accepts
 Facts = dict[str, Any]
 Work = Callable[[int], Facts]
+_ERROR = "error of the user"
 
 
 def stream_tasks(
@@ -89,7 +92,12 @@ class _Work:
 
     def __call__(self, batch: Batch) -> Batch:
         [shard] = self.shards[batch["id"]].tolist()
-        return {"shard": np.array([shard]), "facts": np.array([json.dumps(self.work(shard))])}
+        try:
+            facts = self.work(shard)
+        except UserError as error:  # said to the user as it is, without Ray's pages around it
+            kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
+            facts = {_ERROR: [kind, str(error)]}
+        return {"shard": np.array([shard]), "facts": np.array([json.dumps(facts)])}
 
 
 class _ActorWork(_Work):
@@ -114,14 +122,13 @@ def _each(resources: Resources) -> dict[str, Any]:
 
 
 def _results(rows: Dataset) -> Iterator[tuple[int, Facts]]:
-    from ray.exceptions import RayTaskError
-
-    try:
-        for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
-            for shard, facts in zip(batch["shard"].tolist(), batch["facts"], strict=True):
-                yield shard, json.loads(str(facts))
-    except RayTaskError as error:
-        raise error.cause from error
+    for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
+        for shard, text in zip(batch["shard"].tolist(), batch["facts"], strict=True):
+            facts = json.loads(str(text))
+            if _ERROR in facts:
+                kind, message = facts[_ERROR]
+                raise getattr(errors, kind)(message)
+            yield shard, facts
 
 
 @contextmanager
@@ -133,6 +140,8 @@ def _settings() -> Iterator[None]:
         "enable_progress_bars": False,  # the caller has its own
         "print_on_execution_start": False,
         "use_datasource_v2": False,
+        "retried_map_errors": ["Errno"],  # an OSError of a file system that hiccups
+        "max_map_retries": 3,
     }
     context, ray_log = DataContext.get_current(), logging.getLogger("ray.data")
     before, level = {name: getattr(context, name) for name in wanted}, ray_log.level
