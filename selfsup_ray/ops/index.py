@@ -186,12 +186,7 @@ def group_equal_rows(rows: Array) -> tuple[Array, Array]:
     are in the order of their first rows. Groups come from a hash; should two different rows share
     one, equal rows may be left in two groups, never different ones put together.
     """
-    n, d = rows.shape
-    weights = np.arange(1, d + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
-    hashes = np.empty(n, np.uint64)
-    for i in range(0, n, 4096):
-        bits = rows[i : i + 4096].view(np.uint32).astype(np.uint64)
-        hashes[i : i + 4096] = (bits * weights).sum(axis=1)
+    n, hashes = len(rows), row_hashes(rows)
     by_hash = np.argsort(hashes, kind="stable")
     is_start = np.ones(n, bool)
     pairs = np.flatnonzero(hashes[by_hash][1:] == hashes[by_hash][:-1]) + 1
@@ -205,6 +200,17 @@ def group_equal_rows(rows: Array) -> tuple[Array, Array]:
     order = by_hash[np.argsort(rank[group], kind="stable")]
     sizes = np.diff(np.append(np.flatnonzero(is_start), n))[np.argsort(first)]
     return order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def row_hashes(rows: Array) -> Array:
+    """Return a 64-bit hash of the bits of each of rows (n, d) float32: equal rows, equal hashes."""
+    n, d = rows.shape
+    weights = np.arange(1, d + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+    hashes = np.empty(n, np.uint64)
+    for i in range(0, n, 4096):
+        bits = rows[i : i + 4096].view(np.uint32).astype(np.uint64)
+        hashes[i : i + 4096] = (bits * weights).sum(axis=1)
+    return hashes
 
 
 def _read(array: ShardedArray, ids: Array, *, into: Array) -> float:

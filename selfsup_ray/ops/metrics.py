@@ -201,17 +201,18 @@ def scan_score(chunks: Iterable[tuple[Array, Array]]) -> ScanScore:
     """Return SCAN's score from chunks (p, q): p (n, K) of anchors, q (n, k, K) of their neighbors.
 
     The entropy weight is 1, not the 5 of training: the reference selects heads and epochs so.
-    Sums are float64; the log is clamped at -100 as binary cross-entropy does there.
+    Sums are float64; the log is clamped at -100 as binary cross-entropy does there. The entropy
+    needs no clamp of small means: p log p ends at 0.
     """
-    loss, pairs, anchors, mass = 0.0, 0, 0, np.zeros(1)
+    loss, pairs, mass = 0.0, 0, np.zeros(1)
     for p, q in chunks:
         agreement = np.einsum("nc,nkc->nk", p, q, dtype=np.float64)
         with np.errstate(divide="ignore"):
             loss -= float(np.maximum(np.log(agreement), -100.0).sum())
-        pairs, anchors = pairs + agreement.size, anchors + len(p)
+        pairs += agreement.size
         mass = mass + p.sum(axis=0, dtype=np.float64)
     assert pairs, "scan_score needs at least one pair"
-    return ScanScore(loss / pairs, entropy(np.maximum(mass / anchors, 1e-8)))
+    return ScanScore(loss / pairs, entropy(mass))
 
 
 def effective_rank(rows: Array) -> float:

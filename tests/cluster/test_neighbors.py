@@ -1,5 +1,6 @@
 """The sharded search gives the lists of a slow search over all pairs, whoever computes them."""
 
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def stored(folder: Path, rows: np.ndarray, shard_rows: list[int]) -> ShardedArra
     array = ShardedArray.create(
         folder, shard_rows=shard_rows, row_shape=rows.shape[1:], dtype="float32"
     )
-    for i, (a, b) in enumerate(zip(array.offsets, array.offsets[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(array.offsets)):
         array.write_shard(i, rows[a:b])
     return array
 
