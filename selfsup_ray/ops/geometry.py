@@ -78,7 +78,7 @@ def resized(
     side = images.shape[-1]
     if size == side and bool((boxes == boxes.new_tensor([0, 0, side, side])).all()):
         return _flipped(images.to(torch.float32, copy=True, memory_format=_PLANAR), flips)
-    if images.device.type != "cpu" or side * size <= _SMALL:
+    if images.device.type != "cpu" or side * size <= _SMALL or len(images) == 0:
         return _resized_by_matrices(images, boxes, size, flips, interpolation)
     images = images.contiguous(memory_format=torch.channels_last)  # the layout of the fast kernel
     views = [

@@ -59,7 +59,7 @@ def strong_augment(images: Tensor, uniforms: Tensor) -> Tensor:
 
     uniforms: (B, n * STRONG_DRAWS) float64 in [0, 1), on the CPU.
     """
-    for choice, amount, sign in uniforms.reshape(len(uniforms), -1, STRONG_DRAWS).permute(1, 2, 0):
+    for choice, amount, sign in uniforms.T.unflatten(0, (-1, STRONG_DRAWS)):
         which = (choice * len(OPERATIONS)).long()
         images = apply_operations(images, which, magnitudes(which, amount, sign))
     return images
