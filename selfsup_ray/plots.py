@@ -1,0 +1,216 @@
+"""The report's figures: arrays in, one thing drawn on one Axes; `svg` owns figure and style."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+INK = "#1b2530"
+"""Text and axes while drawing; becomes `currentColor`, so that a figure follows the theme."""
+MUTED = "#7d8894"
+ACCENT = "#2f6fb3"
+SERIES = ("#2f6fb3", "#d9822b", "#3f9a63", "#b04a5a", "#7a5ea8", "#8a6d3b", "#c76fa5", "#4d9fa8")
+"""Line colours of different lightness, so that they stay apart in grey print."""
+HUES = (
+    *("#4477aa", "#ee7733", "#228833", "#cc3311", "#aa3377", "#66ccee", "#ccbb44", "#997755"),
+    *("#ee99aa", "#777777", "#1b4f72", "#88cc66", "#663399", "#b8860b", "#008080", "#ff99cc"),
+)
+"""Colours of groups of points, reused in this order when there are more groups."""
+
+_STYLE: Any = {  # matplotlib types the keys of this mapping one by one
+    "svg.fonttype": "none",  # text stays text: searchable, and set in the page's own font
+    "svg.hashsalt": "selfsup_ray",  # with a fixed salt and no date, equal input gives equal bytes
+    "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib; wider than what replaces it
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
+
+
+def svg(draw: Callable[[Axes], None], *, width: float, height: float, label: str) -> str:
+    """Return one drawn Axes as an inline SVG that scales to its container and follows the theme.
+
+    width, height: inches at natural size; label: what a screen reader says in place of the figure.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None})
+    return _inline(buffer.getvalue(), label=label)
+
+
+def _inline(text: str, *, label: str) -> str:
+    """Return what of a matplotlib SVG belongs inside a page: no prologue, metadata, fixed size."""
+    body = text[text.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = body.replace(INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
+    view = re.search(r'viewBox="([^"]*)"', body)
+    assert view is not None, "matplotlib's SVG has no viewBox"
+    natural = f"max-width:{float(view[1].split()[2]) * 4 / 3:.0f}px"
+    escaped = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    head = f'<svg viewBox="{view[1]}" style="{natural}" role="img" aria-label="{escaped}" '
+    head += 'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    # Identifiers are unique within a figure only; the page holds many.
+    mark = re.sub(r"\W+", "-", label)
+    body = re.sub(r'(id="|url\(#|href="#)', rf"\1{mark}-", body[body.index(">") + 1 :])
+    return head + body.strip()
+
+
+def plot_series(
+    steps: Array, series: Mapping[str, Array], ax: Axes, *, ylabel: str, title: str
+) -> None:
+    """One or more quantities by optimizer step; non-finite values leave gaps."""
+    for (name, values), color in zip(series.items(), _cycle(SERIES, len(series)), strict=True):
+        marker = "o" if len(steps) == 1 else None
+        ax.plot(steps, values, color=color, linewidth=1.2, label=name, marker=marker, markersize=3)
+    ax.set(xlabel="step", ylabel=ylabel, title=title)
+    ax.margins(x=0.01)
+    ax.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.5)
+    if 1 < len(series) <= len(SERIES):
+        ax.legend()
+
+
+def plot_cluster_sizes(sizes: Array, ax: Axes) -> None:
+    """Images per cluster, largest first; the dashed line marks a balanced split."""
+    order = np.sort(sizes)[::-1]
+    if len(order) <= 200:
+        ax.bar(np.arange(len(order)), order, color=ACCENT, width=0.8)
+    else:  # bars narrower than a pixel print as noise
+        ax.fill_between(np.arange(len(order)), order, step="mid", color=ACCENT, linewidth=0)
+    ax.axhline(sizes.mean(), linestyle="--", color=INK, linewidth=0.8, label="balanced")
+    title = f"{len(sizes):,} clusters, {sizes.sum():,} images"
+    ax.set(xlabel="cluster, by size", ylabel="images", title=title)
+    _whole_ticks(ax, x=True)
+    ax.legend()
+
+
+def plot_confidence(counts: Array, edges: Array, ax: Axes) -> None:
+    """Share of images by probability of their own cluster.
+
+    counts: (bins,) images; edges: (bins + 1,) in [0, 1].
+    """
+    share = 100 * counts / max(counts.sum(), 1)
+    ax.bar(edges[:-1], share, width=np.diff(edges), align="edge", color=ACCENT, linewidth=0)
+    sure = 100 * counts[edges[:-1] >= 0.9 - 1e-9].sum() / max(counts.sum(), 1)
+    title = f"{sure:.0f} % of images above 0.9"
+    ax.set(xlabel="probability of the image's cluster", ylabel="% of images", title=title)
+    ax.set_xlim(0, 1)
+
+
+def plot_neighbor_ranks(
+    similarity: Array, agreement: Array | None, ax: Axes, *, num_images: int
+) -> None:
+    """Cosine similarity by neighbour rank: median and the middle 80 %; agreement where labels are.
+
+    similarity: (k, 3) quantiles 0.1, 0.5, 0.9; agreement: (k,) share in [0, 1] of neighbours with
+    the image's own label, or None.
+    """
+    ranks = np.arange(1, len(similarity) + 1)
+    ax.fill_between(ranks, similarity[:, 0], similarity[:, 2], color=ACCENT, alpha=0.2, linewidth=0)
+    ax.plot(
+        ranks, similarity[:, 1], color=ACCENT, linewidth=1.4, label="similarity, median and 80 %"
+    )
+    if agreement is not None:
+        ax.plot(
+            ranks, agreement, "s--", color=SERIES[1], markersize=3, linewidth=1, label="same label"
+        )
+    top = max(1.0, float(similarity.max()))
+    ax.set(xlabel="neighbor rank", ylabel="cosine similarity, share", ylim=(None, top * 1.02))
+    ax.set_title(f"neighbors of {num_images:,} images")
+    _whole_ticks(ax, x=True)
+    ax.legend(loc="best")
+
+
+def plot_confusion(
+    confusion: Array, ax: Axes, *, rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Classes (rows) by clusters (columns); shade is the share of the class, numbers are images.
+
+    confusion: (C, K) counts, columns already in the order to draw.
+    """
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    cells = np.zeros((*share.shape, 4))
+    cells[..., :3] = np.array([0x2F, 0x6F, 0xB3]) / 255
+    cells[..., 3] = np.sqrt(
+        share
+    )  # alpha, not white: works on a dark page; the root shows rare mixes
+    ax.imshow(cells, aspect="auto", interpolation="nearest")
+    if confusion.size <= 600:
+        for (i, j), count in np.ndenumerate(confusion):
+            color = "white" if share[i, j] > 0.35 else INK
+            if count:
+                ax.text(j, i, f"{count:,}", ha="center", va="center", color=color, fontsize=7)
+    if len(rows) <= 60:
+        ax.set_yticks(np.arange(len(rows)), [shortened(name, 22) for name in rows])
+    if len(columns) <= 60:
+        ax.set_xticks(np.arange(len(columns)), columns)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="cluster, matched to its class", ylabel="class")
+
+
+def plot_map(
+    xy: Array, groups: Array, ax: Axes, *, names: Mapping[int, str], title: str, hues: Array
+) -> None:
+    """A 2-D map of images coloured by group, each large group named at its median point.
+
+    xy: (n, 2); groups: (n,) int, -1 = unknown (grey); names: the text at each group to be named;
+    hues: (n,) int index into HUES, taken modulo their number.
+    """
+    known = groups >= 0
+    colors = np.array(HUES)[hues % len(HUES)]
+    size = float(np.clip(22000 / max(len(xy), 1), 5, 40))
+    dot: Any = {"s": size, "linewidths": 0, "rasterized": True}
+    ax.scatter(xy[~known, 0], xy[~known, 1], color=MUTED, alpha=0.35, **dot)
+    ax.scatter(xy[known, 0], xy[known, 1], color=list(colors[known]), alpha=0.75, **dot)
+    for group, name in names.items():
+        x, y = np.median(xy[groups == group], axis=0)
+        box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none", "alpha": 0.8}
+        text = shortened(name, 18)
+        ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color="#111111", bbox=box)
+    ax.set(xticks=[], yticks=[], title=title, aspect="equal")
+    ax.spines[:].set_visible(False)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return text cut to at most `length` characters, with an ellipsis where cut."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _cycle(colors: Sequence[str], n: int) -> list[str]:
+    return [colors[i % len(colors)] for i in range(n)]
+
+
+def _whole_ticks(ax: Axes, *, x: bool) -> None:
+    """Put ticks at whole numbers only: there is no cluster 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    (ax.xaxis if x else ax.yaxis).set_major_locator(MaxNLocator(integer=True))

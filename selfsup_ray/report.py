@@ -1,0 +1,65 @@
+"""One self-contained HTML page about a run, made from the run folder's artifacts alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from selfsup_ray.artifacts import read_json, write_text
+from selfsup_ray.report_clusters import (
+    clusters_section,
+    confusion_section,
+    map_section,
+    neighbors_section,
+)
+from selfsup_ray.report_html import Section, page
+from selfsup_ray.report_run import Run
+from selfsup_ray.report_scores import scores_section
+from selfsup_ray.report_sections import (
+    corpus_section,
+    reproduce_section,
+    summary_section,
+    training_section,
+)
+
+SECTIONS = (
+    scores_section,
+    clusters_section,
+    confusion_section,
+    map_section,
+    neighbors_section,
+    training_section,
+    corpus_section,
+)
+"""In the order of the page; each returns a Section, or a sentence that says why there is none."""
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    The page needs nothing but itself: figures are inline SVG, images are data URIs. What the run
+    has not made is left out, with the reason. Memory does not grow with the corpus: images, map
+    and neighbors come from bounded samples, sizes and extremes from one pass over the shards.
+    Raises ArtifactError when the folder holds no stage of a run.
+    """
+    opened = Run.open(Path(run))
+    made = [section(opened) for section in SECTIONS]
+    shown = [item for item in made if isinstance(item, Section)]
+    missing = [item for item in made if isinstance(item, str)]
+    sections = [summary_section(opened, missing), *shown, reproduce_section(opened)]
+    path = opened.path / "report.html"
+    title = opened.path.resolve().name
+    write_text(path, page(title, lead=_lead(opened), sections=sections))
+    return path
+
+
+def _lead(run: Run) -> str:
+    """Return who made the run, and when its last stage finished."""
+    times = [read_json(s.path / "done.json").get("time") for s in run.stages if s.done is not None]
+    versions = next((s.versions for s in run.stages if s.versions), {})
+    tool = f"selfsup-ray {versions.get('selfsup-ray', '')}".strip()
+    known = [time for time in times if time is not None]
+    if not known:
+        return f"Made by {tool}; no stage has finished."
+    finished = datetime.fromtimestamp(max(known), tz=UTC)
+    return f"Made by {tool}; last stage finished {finished:%Y-%m-%d %H:%M} UTC."
