@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from functools import partial
 from html import escape
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any

@@ -17,6 +17,8 @@ LEVELS = {
     "cluster": 2,
     "stages": 3,
     **dict.fromkeys(["pipeline", "planning", "sweep", "report"], 4),
+    **dict.fromkeys(["report_clusters", "report_html", "report_images", "report_run"], 4),
+    **dict.fromkeys(["report_scores", "report_sections"], 4),
     **dict.fromkeys(["cli", "__init__", "__main__"], 5),
 }
 # Imports between two packages of one level that the design asks for; the other way is refused.
