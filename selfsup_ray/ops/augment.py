@@ -66,7 +66,7 @@ class Recipe:
     solarize_threshold: float = 0.5
     order: tuple[ColorStep, ...] = ("jitter", "gray", "blur", "solarize")
     strong_ops: int = 0
-    """Operations of `strong_augment` per image."""
+    """Operations of `strong_augment_` per image."""
     cutout: int = 0
     """Largest side of the Cutout hole; 0 for none."""
 
@@ -91,9 +91,9 @@ class Draws:
     """(B,) standard deviation in pixels, if blurred."""
     solarized: Tensor
     hole: Tensor
-    """(B, 3) uniforms for `strong_augment.cutout`."""
+    """(B, 3) uniforms for `strong_augment.cutout_`."""
     strong: Tensor
-    """(B, 3 strong_ops) uniforms for `strong_augment.strong_augment`."""
+    """(B, 3 strong_ops) uniforms for `strong_augment.strong_augment_`."""
 
     def rows(self, rows: Tensor) -> Draws:
         """Return the draws of some images; rows: (b,) int64."""
@@ -174,7 +174,7 @@ def augment(
         rows = rows.to(images.device)
         view = _view(_select(images, rows), chosen, recipe).mul_(scale).add_(shift)
         if recipe.cutout:
-            strong_augment.cutout(view, chosen.hole, length=recipe.cutout)
+            strong_augment.cutout_(view, chosen.hole, length=recipe.cutout)
         out.index_copy_(0, rows, view)
     return out
 
@@ -237,7 +237,7 @@ def _view(images: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
     )
     for step in recipe.order:
         view = _color_step(step, view, draws, recipe)
-    return strong_augment.strong_augment(view, draws.strong) if recipe.strong_ops else view
+    return strong_augment.strong_augment_(view, draws.strong) if recipe.strong_ops else view
 
 
 def _color_step(step: ColorStep, view: Tensor, draws: Draws, recipe: Recipe) -> Tensor:

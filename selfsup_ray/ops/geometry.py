@@ -164,7 +164,7 @@ def affine_nearest(images: Tensor, matrices: Tensor) -> Tensor:
     x, y = centers[None, None, :], centers[None, :, None]
     column, row = (a * x + (b * y + c)).floor_(), (d * x + (e * y + f)).floor_()
     near_column, near_row = column.clamp(0, side - 1), row.clamp(0, side - 1)
-    inside = ((column == near_column) & (row == near_row)).float().view(count, 1, side * side)
+    inside = column.eq_(near_column).mul_(row.eq_(near_row)).view(count, 1, side * side)
     index = near_row.mul_(side).add_(near_column).long().view(count, 1, side * side)
     flat = images.reshape(count, channels, side * side)
     return flat.gather(2, index.expand(-1, channels, -1)).mul_(inside).view(images.shape)

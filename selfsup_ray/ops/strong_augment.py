@@ -6,10 +6,10 @@ that Pillow gives for uint8 images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from selfsup_ray.ops.color import solarize
@@ -49,19 +49,23 @@ _RANGES = {
     "translate_y": (0.0, 0.1),
     "posterize": (4.0, 8.0),
 }
-"""Magnitudes of the operations that have one; [-m, m] and a sign is [0, m] and a sign."""
+"""Magnitudes of the operations that have one; [-m, m] is [0, m] and a random sign."""
 
 _GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+_PLACE = {"shear_x": 1, "translate_x": 2, "shear_y": 3, "translate_y": 5}  # in (a, b, c, d, e, f)
 
 
-def strong_augment(images: Tensor, uniforms: Tensor) -> Tensor:
-    """Return images after n operations each, drawn with replacement, with uniform magnitudes.
+LevelOperation = Callable[[Tensor, Tensor], Tensor]
+
+
+def strong_augment_(images: Tensor, uniforms: Tensor) -> Tensor:
+    """Apply n operations to each image, drawn with replacement, with uniform magnitudes, in place.
 
     uniforms: (B, n * STRONG_DRAWS) float64 in [0, 1), on the CPU.
     """
-    for choice, amount, sign in uniforms.T.unflatten(0, (-1, STRONG_DRAWS)):
+    for choice, amount, sign in torch.split(uniforms.T, STRONG_DRAWS):
         which = (choice * len(OPERATIONS)).long()
-        images = apply_operations(images, which, magnitudes(which, amount, sign))
+        apply_operations_(images, which, magnitudes(which, amount, sign))
     return images
 
 
@@ -80,38 +84,34 @@ def magnitudes(which: Tensor, uniforms: Tensor, signs: Tensor) -> Tensor:
     return torch.where(signed[which] & (signs < 0.5), -values, values)
 
 
-def apply_operations(images: Tensor, which: Tensor, magnitudes: Tensor) -> Tensor:
-    """Return images with operation OPERATIONS[which[i]] of magnitudes[i] applied to image i."""
-    out = images.clone()
-    moved = torch.zeros_like(which, dtype=torch.bool)
+def apply_operations_(images: Tensor, which: Tensor, magnitudes: Tensor) -> Tensor:
+    """Apply operation OPERATIONS[which[i]] with magnitudes[i] to image i, in place."""
+    for rows, operation in _groups(which, magnitudes, side=images.shape[-1]):
+        shown = rows.to(images.device)
+        images.index_copy_(0, shown, operation(images.index_select(0, shown)))
+    return images
+
+
+def _groups(
+    which: Tensor, magnitudes: Tensor, *, side: int
+) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Yield the rows that draw the same operation, and that operation with their magnitudes."""
+    geometric = torch.zeros_like(which, dtype=torch.bool)
     for code, name in enumerate(OPERATIONS):
         if name in _GEOMETRIC:
-            moved |= which == code  # all five are affine maps: one gather below
-        elif name != "identity":
-            _apply_on_rows(out, images, which == code, magnitudes, _LEVEL_OPERATIONS[name])
-    matrices = affine_matrices(which[moved], magnitudes[moved], side=images.shape[-1])
-    _apply_on_rows(out, images, moved, matrices, affine_nearest, picked=True)
-    return out
+            geometric |= which == code  # all five are affine maps, done together below
+            continue
+        rows = (which == code).nonzero()[:, 0]
+        if name != "identity" and len(rows):
+            yield rows, _with_numbers(_LEVEL_OPERATIONS[name], magnitudes[rows])
+    rows = geometric.nonzero()[:, 0]
+    if len(rows):
+        matrices = affine_matrices(which[rows], magnitudes[rows], side=side)
+        yield rows, partial(affine_nearest, matrices=matrices)
 
 
-Operation = Callable[[Tensor, Tensor], Tensor]
-
-
-def _apply_on_rows(
-    out: Tensor,
-    images: Tensor,
-    mask: Tensor,
-    numbers: Tensor,
-    operation: Operation,
-    *,
-    picked: bool = False,
-) -> None:
-    rows = mask.nonzero()[:, 0]
-    if len(rows) == 0:
-        return
-    numbers = numbers if picked else numbers[rows]
-    rows = rows.to(images.device)
-    out.index_copy_(0, rows, operation(images.index_select(0, rows), numbers))
+def _with_numbers(operation: LevelOperation, numbers: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda images: operation(images, numbers)
 
 
 def affine_matrices(which: Tensor, magnitudes: Tensor, *, side: int) -> Tensor:
@@ -120,47 +120,49 @@ def affine_matrices(which: Tensor, magnitudes: Tensor, *, side: int) -> Tensor:
     Rotation in degrees about the middle; shear about the top left corner; translation as a share
     of the side, moving the content up or left for positive magnitudes (Pillow's affine, as SCAN).
     """
-    names = [OPERATIONS[code] for code in which.tolist()]
-    matrices = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64).repeat(len(names), 1)
-    place = {
-        "shear_x": (1, 1),
-        "translate_x": (2, side),
-        "shear_y": (3, 1),
-        "translate_y": (5, side),
-    }
-    for i, name in enumerate(names):
-        if name in place:
-            column, unit = place[name]
-            matrices[i, column] = magnitudes[i] * unit
-    turned = torch.tensor([name == "rotate" for name in names], dtype=torch.bool)
-    matrices[turned] = rotations(magnitudes[turned], side=side)
+    place = torch.tensor([_PLACE.get(name, 0) for name in OPERATIONS])[which]
+    amounts = torch.where((place == 2) | (place == 5), magnitudes * side, magnitudes)
+    matrices = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64).repeat(len(which), 1)
+    matrices.scatter_(1, place[:, None], amounts.double()[:, None])
+    turned = which == OPERATIONS.index("rotate")
+    matrices[turned] = rotations(magnitudes[turned].double(), side=side)
     return matrices
 
 
 def autocontrast(images: Tensor) -> Tensor:
     """Return images with every channel stretched to 0..255 (Pillow's ImageOps.autocontrast)."""
-    low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
+    low = images.amin(dim=(2, 3)).double().view(-1, 1)
+    high = images.amax(dim=(2, 3)).double().view(-1, 1)
     # Pillow's very roundings in float64, since truncation makes a level of the last bit. (`255 / x`
     # is a reciprocal and a product in torch, with one rounding more.)
-    span = (high - low).double()
-    scale = torch.full_like(span, 255.0) / span
-    stretched = (images.double() * scale - low * scale).clamp_(0, 255).floor_().to(images.dtype)
-    return torch.where(high > low, stretched, images)
+    span = high - low
+    scale = torch.full_like(span, 255.0) / span.clamp(min=1)
+    table = _all_levels(images) * scale - low * scale
+    return _looked_up(images.long(), table, unchanged=span <= 0)
 
 
 def equalize(images: Tensor) -> Tensor:
     """Return images with every channel's histogram equalised (Pillow's ImageOps.equalize)."""
-    count, channels, height, width = images.shape
-    levels = images.long().view(count * channels, height * width)
-    histogram = torch.zeros(count * channels, 256, dtype=torch.long, device=images.device)
-    histogram.scatter_add_(1, levels, torch.ones_like(levels))
+    levels = images.long()
+    flat = levels.flatten(2).flatten(0, 1)
+    histogram = torch.zeros(len(flat), 256, dtype=torch.long, device=images.device)
+    histogram.scatter_add_(1, flat, torch.ones_like(flat))
     # Pillow leaves the last occupied level out of the step; a step of 0 means: nothing to do.
-    last = histogram.gather(1, levels.amax(dim=1, keepdim=True))
-    step = (height * width - last) // 255
-    below = histogram.cumsum(dim=1) - histogram
-    table = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device))
-    return table.gather(1, levels).to(images.dtype).view(images.shape)
+    last = histogram.gather(1, flat.amax(dim=1, keepdim=True))
+    step = ((flat.shape[1] - last) // 255).double()
+    below = (histogram.cumsum(dim=1) - histogram).double()
+    table = ((step / 2).floor() + below) / step.clamp(min=1)
+    return _looked_up(levels, table, unchanged=step == 0)
+
+
+def _all_levels(images: Tensor) -> Tensor:
+    return torch.arange(256, device=images.device, dtype=torch.float64)
+
+
+def _looked_up(levels: Tensor, table: Tensor, *, unchanged: Tensor) -> Tensor:
+    """Return floor(table) at each level; table: (B * 3, 256), a row per image and channel."""
+    table = torch.where(unchanged, _all_levels(levels), table.clamp(0, 255).floor_()).float()
+    return table.gather(1, levels.flatten(2).flatten(0, 1)).view(levels.shape)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
@@ -187,10 +189,12 @@ def blend_black(images: Tensor, factors: Tensor) -> Tensor:
 
 def blend_smooth(images: Tensor, factors: Tensor) -> Tensor:
     """Return images mixed with a smoothed version (Pillow's Sharpness; 1 = unchanged)."""
-    kernel = images.new_tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]).expand(3, 1, 3, 3)
-    inner = F.conv2d(images, kernel, groups=3).div_(13).add_(0.5).floor_().clamp_(0, 255)
-    smooth = images.clone()  # Pillow's 3 x 3 filters leave the border as it is
-    smooth[:, :, 1:-1, 1:-1] = inner
+    # Pillow's SMOOTH is [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13, and leaves the border as it is.
+    rows = (images[:, :, :-2] + images[:, :, 1:-1]).add_(images[:, :, 2:])
+    total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
+    total.add_(images[:, :, 1:-1, 1:-1], alpha=4)
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = total.div_(13).add_(0.5).floor_()
     return _blend(smooth, images, factors)
 
 
@@ -211,7 +215,7 @@ def _column(numbers: Tensor, images: Tensor) -> Tensor:
     return numbers.to(images.device, images.dtype)[:, None, None, None]
 
 
-_LEVEL_OPERATIONS: dict[str, Operation] = {
+_LEVEL_OPERATIONS: dict[str, LevelOperation] = {
     "autocontrast": lambda images, _: autocontrast(images),
     "equalize": lambda images, _: equalize(images),
     "solarize": solarize,
@@ -223,8 +227,8 @@ _LEVEL_OPERATIONS: dict[str, Operation] = {
 }
 
 
-def cutout(images: Tensor, uniforms: Tensor, *, length: int) -> Tensor:
-    """Return images after one square hole of each was set to 0, in place (0 is the mean color).
+def cutout_(images: Tensor, uniforms: Tensor, *, length: int) -> Tensor:
+    """Set one square hole of each image to 0, the mean color of normalised images, in place.
 
     uniforms: (B, 3) in [0, 1): size, row, column. As SCAN: side 2 floor(l / 2) with l uniform in
     1..length, center uniform over the pixels, clipped at the borders; l = 1 removes nothing.
@@ -235,5 +239,6 @@ def cutout(images: Tensor, uniforms: Tensor, *, length: int) -> Tensor:
     pixels = torch.arange(side)
     rows = (pixels >= (row - half)[:, None]) & (pixels < (row + half)[:, None])
     columns = (pixels >= (column - half)[:, None]) & (pixels < (column + half)[:, None])
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    return images.mul_((~(rows[:, :, None] & columns[:, None])).to(images.dtype)[:, None])
+    rows, columns = (edge.to(images.device, images.dtype) for edge in (rows, columns))
+    hole = rows[:, :, None] * columns[:, None]
+    return images.mul_(hole.neg_().add_(1)[:, None])

@@ -88,10 +88,10 @@ def slow_view(image: Tensor, draws, i: int, recipe: Recipe, factors) -> Tensor:
         image = color_step(step, image, draws, i, recipe, factors)
     if recipe.strong_ops:
         levels = (image * 255).round()[None]
-        image = strong_augment.strong_augment(levels, draws.strong[i : i + 1])[0] / 255
+        image = strong_augment.strong_augment_(levels, draws.strong[i : i + 1])[0] / 255
     image = tv.normalize(image, list(recipe.mean), list(recipe.std))
     if recipe.cutout:
-        strong_augment.cutout(image[None], draws.hole[i : i + 1], length=recipe.cutout)
+        strong_augment.cutout_(image[None], draws.hole[i : i + 1], length=recipe.cutout)
     return image
 
 
