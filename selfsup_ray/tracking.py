@@ -183,6 +183,7 @@ class MLflowRun:
         self.ids, self.store, self.name = folder / "mlflow.json", store, name
         self.params, self.parent = dict(params), parent
         self.artifacts: list[Path] = []
+        self._there = set[tuple[str, int]]()
         self._opened: Opened | None = None
         self._retry_at = 0.0
         self._warned = self._behind = False
@@ -229,22 +230,19 @@ class MLflowRun:
                 )
 
     def _sync(self, everything: Sequence[Value]) -> None:
-        client, run_id = self.open()
-        there = {
-            (key, metric.step)
-            for key in {value.key for value in everything}
-            for metric in client.get_metric_history(run_id, key)
-        }
-        self._push([value for value in everything if (value.key, value.step) not in there])
+        self._push(everything)
         self._upload()
 
     def _push(self, values: Sequence[Value]) -> None:
         from mlflow.entities import Metric
 
         client, run_id = self.open()
-        metrics = [Metric(v.key, v.value, int(v.time * 1000), v.step) for v in values]
-        for i in range(0, len(metrics), MAX_METRICS):
-            client.log_batch(run_id, metrics=metrics[i : i + MAX_METRICS])
+        missing = [value for value in values if (value.key, value.step) not in self._there]
+        for i in range(0, len(missing), MAX_METRICS):
+            some = missing[i : i + MAX_METRICS]
+            metrics = [Metric(v.key, v.value, int(v.time * 1000), v.step) for v in some]
+            client.log_batch(run_id, metrics=metrics)
+            self._there |= {(value.key, value.step) for value in some}
 
     def _upload(self) -> None:
         client, run_id = self.open()
@@ -281,6 +279,8 @@ class MLflowRun:
         run_id = str(runs[0].info.run_id)
         client.update_run(run_id, status="RUNNING")
         self._log_params(client, run_id, known=runs[0].data.params)
+        for key in runs[0].data.metrics:
+            self._there |= {(key, m.step) for m in client.get_metric_history(run_id, key)}
         self._remember(ids["key"], experiment, run_id)
         return run_id
 
@@ -310,7 +310,7 @@ class MLflowRun:
 
 def connect(uri: str) -> MlflowClient:
     """Return a quiet MLflow client that gives up on a dead server within seconds."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # we try again ourselves
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient  # sets its loggers up, so their level comes after it
 
