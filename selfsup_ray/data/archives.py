@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from selfsup_ray.data.decode import ImageError, Reason, too_many_bytes
+from selfsup_ray.data.images import ImageError, Reason, too_many_bytes
 from selfsup_ray.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, is_candidate, suffix_of
 from selfsup_ray.data.listing import Item, shown
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-from selfsup_ray.data.decode import SUFFIX_FORMATS, looks_like_image
+from selfsup_ray.data.formats import SUFFIX_FORMATS, signature
 
 IMAGE_SUFFIXES = frozenset(SUFFIX_FORMATS) | {".heic", ".heif", ".jxl", ".svg", ".tga"}
 # What usually lies beside images; everything else of unknown suffix is looked into.
@@ -37,7 +37,7 @@ def is_candidate(name: str, head: Callable[[], bytes], skipped: Counter[str]) ->
     if is_hidden(name):
         skipped["hidden"] += 1
         return False
-    if suffix in IMAGE_SUFFIXES or (suffix not in SIDE_SUFFIXES and looks_like_image(head())):
+    if suffix in IMAGE_SUFFIXES or (suffix not in SIDE_SUFFIXES and signature(head()) is not None):
         return True
     skipped[suffix or "no suffix"] += 1
     return False

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from selfsup_ray.artifacts import Array, whole_file
-from selfsup_ray.data.decode import Decoded, Fit, ImageError, decode_square
+from selfsup_ray.data.decode import Decoded, Fit, decode_square
+from selfsup_ray.data.images import ImageError
 from selfsup_ray.data.labels import LabelTable
 from selfsup_ray.data.listing import Item, read_unit
 from selfsup_ray.data.shard_files import (

@@ -26,7 +26,7 @@ from selfsup_ray.data.archives import (
     zip_items,
 )
 from selfsup_ray.data.bundled import PREFIX, bundled_path
-from selfsup_ray.data.decode import ImageError, Reason, too_many_bytes
+from selfsup_ray.data.images import ImageError, Reason, too_many_bytes
 from selfsup_ray.data.kinds import HEAD_BYTES, is_candidate, is_hidden, suffix_of
 from selfsup_ray.data.listing import Item, shown
 from selfsup_ray.data.tables import Columns, csv_manifest, holds_images, parquet_items, read_rows

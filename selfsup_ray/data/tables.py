@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfsup_ray.data.decode import ImageError
+from selfsup_ray.data.images import ImageError
 from selfsup_ray.data.listing import Item
 from selfsup_ray.errors import ArtifactError
 

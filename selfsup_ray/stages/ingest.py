@@ -18,8 +18,9 @@ from selfsup_ray.artifacts import begin, finish, read_json, require_disk, write_
 from selfsup_ray.cluster.data import stream_tasks
 from selfsup_ray.config import Positive, Resources, Share, config, override
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.decode import MAX_PIXELS, Fit
+from selfsup_ray.data.decode import Fit
 from selfsup_ray.data.duplicates import write_duplicates
+from selfsup_ray.data.images import MAX_PIXELS
 from selfsup_ray.data.labels import LabelFile, Labels, LabelTable, Subset, label_table
 from selfsup_ray.data.listing import Listing, write_listing
 from selfsup_ray.data.shard_files import Encoding, write_manifest
