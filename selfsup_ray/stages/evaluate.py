@@ -6,7 +6,7 @@ import csv
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from selfsup_ray.config import (
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.metrics import cluster_accuracy
-from selfsup_ray.stages.graph import Features, Graph
+from selfsup_ray.stages.graph import Features, Graph, Labels, label_array
 from selfsup_ray.stages.scores import (
     Baseline,
     Clusters,
@@ -47,9 +47,6 @@ from selfsup_ray.stages.scores import (
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-Labels = Array | Sequence[int] | Callable[[], Array]
-"""(N,) class of every image, -1 unknown, or a function that returns it, such as `corpus.labels`."""
 
 
 @config
@@ -155,7 +152,7 @@ def evaluate(
     if probabilities is not None:
         num_clusters = int(probabilities.shape[1])
     clusters = {"clusters": Clusters(ids, num_clusters, probabilities)}
-    known = None if labels is None else np.asarray(labels() if callable(labels) else labels)
+    known = None if labels is None else label_array(labels)
     inputs = {"assignments": _digest(ids), "labels": _digest(known)}
     if probabilities is not None:
         inputs["probabilities"] = _digest(probabilities)
@@ -245,7 +242,7 @@ def _scores(
     result["baselines"] = _baselines(clusters.get(last), evidence, config)
     known = 0 if evidence.labels is None else int((evidence.labels >= 0).sum())
     result |= by_name | {"num_images": evidence.num_images, "num_labelled": known}
-    result["notes"] = _notes(known, evidence.num_images)
+    result["notes"] = _notes(known, evidence.num_images, config)
     return result, counts
 
 
@@ -267,15 +264,18 @@ def _baselines(
     }
 
 
-def _notes(known: int, n: int) -> list[str]:
-    if not known:
-        return [
-            f"None of the {n:,} images has a label: accuracy, NMI, ARI and kNN accuracy are left "
-            f"out, the other scores need no labels."
-        ]
-    if known < n:
+def _notes(known: int, n: int, config: EvaluateConfig) -> list[str]:
+    if known == n:
+        return []
+    if known:
         return [f"{known:,} of {n:,} images have a label: accuracy, NMI and ARI rest on those."]
-    return []
+    notes = [
+        f"None of the {n:,} images has a label: accuracy, NMI, ARI and kNN accuracy are left out, "
+        f"the other scores need no labels."
+    ]
+    if config.baselines:
+        notes.append("k-means to compare with is left out: it can only be scored with labels.")
+    return notes
 
 
 def _evidence(
@@ -295,9 +295,7 @@ def _evidence(
                 f"Give results of the same corpus."
             )
     if labels is not None:
-        if labels.dtype.kind not in "iu":
-            raise ConfigError(f"evaluate: labels must be integers, got {labels.dtype}.")
-        labels = labels.astype(np.int64) if (labels >= 0).any() else None
+        labels = labels if (labels >= 0).any() else None
     return Evidence(n, labels, array, graph, corpus)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,7 +30,7 @@ from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-Labels = Array | Callable[[], Array]
+Labels = Array | Sequence[int] | Callable[[], Array]
 """(N,) class of every image, -1 unknown, or a function that returns it, such as `corpus.labels`."""
 
 
@@ -117,6 +117,14 @@ class Graph:
         return None if value is None else float(value)
 
 
+def label_array(labels: Labels) -> Array:
+    """Return labels as (N,) int64. Raises ConfigError when they are not integers."""
+    values = np.asarray(labels() if callable(labels) else labels)
+    if values.dtype.kind not in "iu":
+        raise ConfigError(f"Labels must be integers, -1 for unknown, got {values.dtype}.")
+    return values.astype(np.int64)
+
+
 def build_graph(
     features: Features,
     config: GraphConfig | None = None,
@@ -133,7 +141,8 @@ def build_graph(
     """
     config, out, began = config or GraphConfig(), Path(out), time.monotonic()
     array = features.array
-    _require_neighbors(config.k, len(array))
+    known = None if labels is None else label_array(labels)
+    _require_inputs(config.k, len(array), known)
     inputs = {"features": features.fingerprint}
     if begin(out, stage="graph", config=config, inputs=inputs):
         log.info("graph: %s is current", out)
@@ -145,8 +154,8 @@ def build_graph(
             f"{out}: the graph holds {facts['recall']:.3f} of the true neighbors, below "
             f"graph.min_recall={config.min_recall}. Search more widely, or lower graph.min_recall."
         )
-    if labels is not None:
-        facts |= _neighbor_accuracy(ids, labels() if callable(labels) else labels)
+    if known is not None:
+        facts |= _neighbor_accuracy(ids, known)
     seconds = time.monotonic() - began
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
@@ -157,12 +166,14 @@ def build_graph(
     return Graph.open(out)
 
 
-def _require_neighbors(k: int, n: int) -> None:
+def _require_inputs(k: int, n: int, labels: Array | None) -> None:
     if k >= n:
         raise ConfigError(
             f"`graph.k` is {k}, but the corpus has {n} image{'s' * (n != 1)}, each with "
             f"{max(0, n - 1)} others. Set graph.k below {n}, or add images."
         )
+    if labels is not None and len(labels) != n:
+        raise ConfigError(f"graph: {len(labels):,} labels were given for {n:,} images.")
 
 
 def _search(array: ShardedArray, config: GraphConfig, out: Path) -> ShardedArray:
@@ -227,8 +238,6 @@ def _row_blocks(array: ShardedArray) -> Iterator[tuple[int, Array]]:
 
 def _neighbor_accuracy(ids: ShardedArray, labels: Array) -> dict[str, Any]:
     """Return the share of neighbors with their image's class, over the first 1, 5 and all k."""
-    if len(labels) != len(ids):
-        raise ConfigError(f"{len(labels)} labels were given for a graph of {len(ids)} images.")
     places = sorted({1, min(5, ids.shape[1]), ids.shape[1]})
     tallies = dict.fromkeys(places, Tally())
     for i in range(ids.num_shards):

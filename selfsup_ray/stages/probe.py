@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,10 @@ from selfsup_ray.ops.logistic import Blocks, LinearClassifier, fit_logistic
 from selfsup_ray.ops.metrics import Tally
 from selfsup_ray.ops.neighbors import knn_vote, vote_accuracy
 from selfsup_ray.ops.rng import uniforms
-from selfsup_ray.stages.graph import Features
+from selfsup_ray.stages.graph import Features, Labels, label_array
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-Labels = Array | Sequence[int] | Callable[[], Array]
-"""(N,) class of every image, -1 unknown, or a function that returns it, such as `corpus.labels`."""
 
 ROWS_AT_ONCE = 8192
 
@@ -148,7 +144,7 @@ def probe(
     part of the split is empty.
     """
     config, out, began = config or ProbeConfig(), Path(out), time.monotonic()
-    known = np.asarray(labels() if callable(labels) else labels).astype(np.int64)
+    known = label_array(labels)
     split = split_labelled(known, config)
     _require_labels(known, split, len(features.array))
     digest = hashlib.blake2b(known.tobytes(), digest_size=16).hexdigest()
