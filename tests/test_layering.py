@@ -26,6 +26,8 @@ SIDEWAYS = {
     ("training", "models"),  # fit runs an Objective
     ("training", "data"),  # over a Dataset
     ("models", "data"),  # an Encoder embeds image files too
+    ("ops", "artifacts"),  # the type of arrays; an IndexShard reads its rows from disk
+    ("ops", "errors"),  # which every module may import
 }
 # Where each third-party module may be imported: a folder ends in /.
 OWNERS = {
