@@ -139,6 +139,21 @@ def test_in_float32_losses_and_gradients_agree_to_1e_5(on_ranks: OnRanks, name: 
             assert relative_difference(whole, expected) < 1e-5
 
 
+def test_bfloat16_moco_shuffles_the_same_keys_on_two_ranks(on_ranks: OnRanks) -> None:
+    def keys() -> Tensor:
+        objective = moco(head=MLPHead(dim=8), batch_norm=SHUFFLE)
+        generator = torch.Generator().manual_seed(0)
+        views = [torch.randn(BATCH, 3, 12, 12, generator=generator) for _ in range(2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            objective([mine(view) for view in views], mine(torch.arange(BATCH)))
+        objective.after_step(0.0)
+        return objective.queue[:BATCH]
+
+    alone = keys()
+    for found in on_ranks(keys, size=2):  # images travel in bfloat16, as the network rounds them
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-3)
+
+
 def test_the_losses_under_test_are_not_trivial() -> None:
     for name in OBJECTIVES:
         history = trained(name, torch.float64, steps=3)["history"]
@@ -249,6 +264,16 @@ def test_gather_and_all_sum_have_the_gradient_of_the_global_sum(on_ranks: OnRank
         weights = torch.arange(1.0, 7.0).view(6, 1)
         torch.testing.assert_close(x_grad, ((1 + 2) * 2 * weights * x)[rank * 3 :][:3])
         torch.testing.assert_close(y_grad, torch.tensor((1 + 2) * 2 * (2.0 + 3.0)))
+
+
+def test_gather_keeps_the_values_of_channels_last_images(on_ranks: OnRanks) -> None:
+    images = torch.arange(2.0 * 2 * 3 * 4 * 4).view(4, 3, 4, 4)
+
+    def gathered() -> Tensor:
+        return collectives.gather(mine(images).to(memory_format=torch.channels_last))
+
+    for found in on_ranks(gathered, size=2):
+        torch.testing.assert_close(found, images)
 
 
 def test_broadcast_gives_everyone_the_first_ranks_values(on_ranks: OnRanks) -> None:
