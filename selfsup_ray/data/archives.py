@@ -32,9 +32,15 @@ _MAX_SIDECAR_BYTES = 1_000_000
 
 def broken(source: str, path: Path, error: Exception) -> Item:
     """Return the item that accounts for an archive or table whose content cannot be listed."""
-    reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-    reason = "permission" if isinstance(error, PermissionError) else reason
-    return Item(source, str(path), "bad", reason=reason, detail=f"{type(error).__name__}: {error}")
+    detail = f"{type(error).__name__}: {error}"
+    match error:
+        case FileNotFoundError():
+            reason: Reason = "missing"
+        case PermissionError():
+            reason = "permission"
+        case _:
+            reason = "truncated" if "end of" in str(error) else "unreadable"
+    return Item(source, str(path), "bad", reason=reason, detail=detail)
 
 
 # Tar.
@@ -47,22 +53,27 @@ def tar_items(path: Path, source: str, *, label_key: str, skipped: Counter[str])
     `.cls` holds the label, `.json` may hold it under `label_key` and a `class_name`. An archive
     that ends early or is damaged inside gives one more item, of method `bad`.
     """
+    parts = _parts(path, source, skipped)
+    for _, sample in groupby(parts, key=lambda part: _sample_key(part[0].source)):
+        yield from _labelled(list(sample), label_key)
+
+
+def _parts(path: Path, source: str, skipped: Counter[str]) -> Iterator[tuple[Item, bytes | None]]:
+    """Yield (image, None) and (sidecar, its bytes), and last what is wrong with the archive."""
     try:
         with tarfile.open(path, "r:*") as tar:
-            parts = _members(tar, path, source, skipped)
-            for _, sample in groupby(parts, key=lambda part: _sample_key(part[0].source)):
-                yield from _labelled(list(sample), label_key)
+            yield from _members(tar, path, source, skipped)
             lost = _lost_tail(tar)
-            if lost:
-                yield Item(source, str(path), "bad", reason="corrupt", detail=lost)
+        if lost:
+            yield Item(source, str(path), "bad", reason="corrupt", detail=lost), None
     except _BROKEN as error:
-        yield broken(source, path, error)
+        yield broken(source, path, error), None
 
 
 def _members(
     tar: tarfile.TarFile, path: Path, source: str, skipped: Counter[str]
 ) -> Iterator[tuple[Item, bytes | None]]:
-    """Yield (image, None) and (sidecar, its bytes); sidecars are read while passing over them."""
+    # Sidecars are read while passing over them: going back would unpack a .tar.gz from its start.
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # or a large archive's headers would fill the memory
         name = shown(member.name)
