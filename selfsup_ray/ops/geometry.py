@@ -116,9 +116,11 @@ def _resized_by_matrices(
     if flips is not None:
         columns = _flipped(columns, flips, axis=1)
     images = images.to(torch.float32, memory_format=_PLANAR).view(count, 3 * side, side)
-    images = torch.bmm(images, columns.mT).view(3 * count, side, size)
-    # A copy of the matrix per channel: a broadcast product would make this copy and one more.
-    images = torch.bmm(rows.repeat_interleave(3, 0), images)
+    # The training loop may have bfloat16 autocast on, which would cost the last two bits of a level.
+    with torch.autocast(images.device.type, enabled=False):
+        images = torch.bmm(images, columns.mT).view(3 * count, side, size)
+        # A copy of the matrix per channel: a broadcast product would make it, and one more.
+        images = torch.bmm(rows.repeat_interleave(3, 0), images)
     return images.round_().clamp_(0, 255).view(count, 3, size, size)
 
 

@@ -172,6 +172,14 @@ def test_planar_and_channels_last_images_give_the_same_views():
         assert torch.equal(augment(last, recipe, seed=0, epoch=0, ids=ids), expected)
 
 
+def test_bfloat16_autocast_around_it_changes_nothing():
+    images, ids = some_images(20), torch.arange(20)
+    for recipe in RECIPES.values():
+        expected = augment(images, recipe, seed=0, epoch=0, ids=ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(augment(images, recipe, seed=0, epoch=0, ids=ids), expected)
+
+
 def test_an_empty_batch_gives_an_empty_view():
     ids = torch.arange(0)
     for recipe in RECIPES.values():
