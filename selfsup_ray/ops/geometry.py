@@ -116,7 +116,7 @@ def _resized_by_matrices(
     if flips is not None:
         columns = _flipped(columns, flips, axis=1)
     images = images.to(torch.float32, memory_format=_PLANAR).view(count, 3 * side, side)
-    # The training loop may have bfloat16 autocast on, which would cost the last two bits of a level.
+    # The training loop may have bfloat16 autocast on, which would cost the last bits of a level.
     with torch.autocast(images.device.type, enabled=False):
         images = torch.bmm(images, columns.mT).view(3 * count, side, size)
         # A copy of the matrix per channel: a broadcast product would make it, and one more.
