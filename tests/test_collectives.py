@@ -247,6 +247,17 @@ def test_local_statistics_are_averaged_over_ranks_after_a_step(on_ranks: OnRanks
         torch.testing.assert_close(found, torch.stack(expected).mean(dim=0))
 
 
+def test_statistics_of_a_frozen_layer_are_not_touched_by_averaging(on_ranks: OnRanks) -> None:
+    def statistics() -> Tensor:
+        layer = BatchNorm(2).eval()
+        layer.running_mean.fill_(1 / 3)
+        share_running_statistics(layer)
+        return layer.running_mean
+
+    for found in on_ranks(statistics, size=3):
+        torch.testing.assert_close(found, torch.full((2,), 1 / 3), rtol=0, atol=0)
+
+
 def test_gather_and_all_sum_have_the_gradient_of_the_global_sum(on_ranks: OnRanks) -> None:
     def gradients() -> list[Tensor]:
         x = (torch.arange(3.0) + 3 * collectives.rank()).view(3, 1).requires_grad_()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from selfsup_ray.config import Positive, config
+from selfsup_ray.config import Positive, PositiveFloat, config
 from selfsup_ray.data.decode import read_square
 
 Channels = tuple[float, float, float]
+PositiveChannels = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Source = str | Path | Sequence[str | Path] | Tensor
 
 
@@ -28,7 +28,7 @@ class ImageInput:
     """Side the network sees; None: image_size."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Per channel, of pixels in [0, 1]; the defaults are ImageNet's."""
-    std: Annotated[Channels, Field(description="per channel, above 0")] = (0.229, 0.224, 0.225)
+    std: PositiveChannels = (0.229, 0.224, 0.225)
     """Per channel, of pixels in [0, 1]."""
     fit: Literal["crop", "pad", "squash"] = "crop"
     """How an oblong file becomes a square: see data.decode."""

@@ -182,14 +182,14 @@ def set_batch_norm(module: nn.Module, mode: BatchNormMode) -> None:
 def share_running_statistics(module: nn.Module) -> None:
     """Replace running statistics that ranks gathered alone by their mean over ranks.
 
-    Running statistics are linear in the batch statistics, so once per step (or later) gives the
-    same as after every layer. Every rank must call it.
+    Layers in evaluation mode keep theirs. Running statistics are linear in the batch statistics,
+    so once per step (or later) gives the same as after every layer. Every rank must call it.
     """
     if collectives.world_size() == 1:
         return
     buffers: list[Tensor] = []
     for layer in module.modules():
-        if isinstance(layer, BatchNorm) and not layer.over_ranks:
+        if isinstance(layer, BatchNorm) and layer.training and not layer.over_ranks:
             assert layer.running_mean is not None and layer.running_var is not None
             buffers += [layer.running_mean, layer.running_var]
     if not buffers:

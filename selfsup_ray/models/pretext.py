@@ -79,6 +79,16 @@ def check_method(method: SimCLRConfig | MoCoConfig, *, batch_size: int) -> None:
             f"method.queue_size={method.queue_size} must be a multiple of the {keys} keys that one "
             f"step makes (batch_size={batch_size}). Choose e.g. {near}."
         )
+    if isinstance(method.batch_norm, ShuffleNorm):
+        _check_groups(method.batch_norm.group_size, batch_size)
+
+
+def _check_groups(group_size: int, batch_size: int) -> None:
+    if batch_size % group_size or batch_size == group_size:
+        raise ConfigError(
+            f"method.batch_norm.group_size={group_size} must divide batch_size={batch_size} into "
+            f"two groups or more, between which the keys are shuffled. Choose e.g. half of it."
+        )
 
 
 def build_pretext(

@@ -257,6 +257,13 @@ def test_a_queue_that_is_no_multiple_of_the_keys_of_a_step_is_refused(
         MoCo(method, backbone())(views, ids(views))
 
 
+@pytest.mark.parametrize(("batch_size", "group_size"), [(8, 8), (8, 3)])
+def test_shuffling_needs_two_equal_groups_or_more(batch_size: int, group_size: int) -> None:
+    method = MoCoConfig(queue_size=64, batch_norm=ShuffleNorm(group_size=group_size))
+    with pytest.raises(ConfigError, match=rf"group_size={group_size} must divide batch_size=8"):
+        check_method(method, batch_size=batch_size)
+
+
 def test_bfloat16_changes_the_loss_only_by_rounding() -> None:
     generator = np.random.default_rng(0)
     views = [torch.from_numpy(generator.normal(size=(8, 3, 16, 16))).float() for _ in range(2)]
