@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from selfsup_ray.report import write_report
     from selfsup_ray.stages.embed import EmbedConfig, Embeddings, embed
     from selfsup_ray.stages.evaluate import EvaluateConfig, evaluate
+    from selfsup_ray.stages.export import ExportConfig, export
     from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
     from selfsup_ray.stages.ingest import IngestConfig, ingest
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
+    from selfsup_ray.stages.probe import ProbeConfig, probe
     from selfsup_ray.stages.scan import ScanConfig, scan
     from selfsup_ray.stages.selflabel import SelfLabelConfig, self_label
     from selfsup_ray.steps import open_artifact as open
@@ -46,9 +48,11 @@ _HOMES = {
     "report": ["write_report"],
     "stages.embed": ["EmbedConfig", "Embeddings", "embed"],
     "stages.evaluate": ["EvaluateConfig", "evaluate"],
+    "stages.export": ["ExportConfig", "export"],
     "stages.graph": ["Graph", "GraphConfig", "build_graph"],
     "stages.ingest": ["IngestConfig", "ingest"],
     "stages.pretext": ["PretextConfig", "pretrain"],
+    "stages.probe": ["ProbeConfig", "probe"],
     "stages.scan": ["ScanConfig", "scan"],
     "stages.selflabel": ["SelfLabelConfig", "self_label"],
     "steps": ["open_artifact"],
@@ -66,11 +70,13 @@ __all__ = [
     "Encoder",
     "EvaluateConfig",
     "Experiment",
+    "ExportConfig",
     "Graph",
     "GraphConfig",
     "IngestConfig",
     "MoCoConfig",
     "PretextConfig",
+    "ProbeConfig",
     "ResNetConfig",
     "ResourceError",
     "Resources",
@@ -81,11 +87,13 @@ __all__ = [
     "build_graph",
     "embed",
     "evaluate",
+    "export",
     "ingest",
     "open",
     "ops",
     "plan",
     "pretrain",
+    "probe",
     "run",
     "scan",
     "self_label",
@@ -98,12 +106,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name where it is first used: `import selfsup_ray` alone stays quick."""
     if name == "ops":
         return import_module("selfsup_ray.ops")
-    home = _PUBLIC.get("open_artifact" if name == "open" else name)
-    if home is None:
+    here = "open_artifact" if name == "open" else name
+    if here not in _PUBLIC:
         raise AttributeError(f"module 'selfsup_ray' has no attribute {name!r}")
-    found = getattr(
-        import_module(f"selfsup_ray.{home}"), "open_artifact" if name == "open" else name
-    )
+    found = getattr(import_module(f"selfsup_ray.{_PUBLIC[here]}"), here)
     globals()[name] = found
     return found
 

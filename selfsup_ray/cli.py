@@ -20,7 +20,7 @@ Commands = Any  # argparse keeps the type of its subparsers to itself
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 1 for a bug, 2 for a user's mistake, 130."""
-    options = parser().parse_args(arguments)
+    options = parsed(arguments)
     set_up_logging(quiet=options.quiet)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -32,6 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("selfsup-ray: stopped; the same command continues from here.", file=sys.stderr)
         return 130
     return 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the parsed command line; key=value may stand before and after the options."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    try:
+        if rest and (not hasattr(options, "changes") or any(a.startswith("-") for a in rest)):
+            raise ConfigError(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            options.changes = [*options.changes, *map(parse_assignment, rest)]
+    except ConfigError as error:
+        top.error(str(error))
+    return options
 
 
 def parser() -> argparse.ArgumentParser:

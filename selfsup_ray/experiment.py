@@ -8,6 +8,7 @@ from typing import Any
 
 from selfsup_ray.config import NonNegative, config, override
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.models.pretext import check_method
 from selfsup_ray.stages import STAGES
 from selfsup_ray.stages.embed import EmbedConfig
 from selfsup_ray.stages.evaluate import EvaluateConfig
@@ -15,6 +16,7 @@ from selfsup_ray.stages.export import ExportConfig
 from selfsup_ray.stages.graph import GraphConfig
 from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.pretext import PretextConfig
+from selfsup_ray.stages.probe import ProbeConfig
 from selfsup_ray.stages.scan import ScanConfig
 from selfsup_ray.stages.selflabel import SelfLabelConfig
 from selfsup_ray.tracking import TrackingConfig
@@ -26,6 +28,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "graph": ("embed",),
     "scan": ("ingest", "pretext", "graph"),
     "selflabel": ("ingest", "scan"),
+    "probe": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
     "export": ("ingest", "pretext"),
 }
@@ -53,6 +56,7 @@ class Experiment:
     graph: GraphConfig | None = None
     scan: ScanConfig | None = None
     selflabel: SelfLabelConfig | None = None
+    probe: ProbeConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
 
@@ -65,6 +69,8 @@ class Experiment:
             for needed in NEEDS[stage]:
                 if needed not in self.stages:
                     raise ValueError(f"{stage} needs {needed}: add the key `{needed}: {{}}`")
+        if self.pretext and self.pretext.epochs:
+            check_method(self.pretext.method, batch_size=self.pretext.batch_size)
         if self.scan and self.graph and self.scan.num_neighbors > self.graph.k:
             raise ValueError(
                 f"scan.num_neighbors={self.scan.num_neighbors} is more than the "

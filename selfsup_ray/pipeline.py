@@ -10,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from selfsup_ray.artifacts import read_done, write_text
+from selfsup_ray.artifacts import write_text
 from selfsup_ray.config import load, to_dict
 from selfsup_ray.experiment import Experiment, seeded
 from selfsup_ray.planning import plan_experiment, require_room
-from selfsup_ray.progress import clock
 from selfsup_ray.report import write_report
 from selfsup_ray.steps import run_stage
 from selfsup_ray.tracking import Store, Tracker, open_run
@@ -103,7 +102,8 @@ def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | No
         for stage in set(stages) & TRAINED:
             require_resources(getattr(experiment, stage).resources, stage=stage)
         write_text(out / "experiment.yaml", text)
-        for stage in stages:
+        for i, stage in enumerate(stages, start=1):
+            log.info("%s: stage %d of the %d to run", stage, i, len(stages))
             _run_tracked(stage, experiment, parent)
         parent.artifact(out / "experiment.yaml")
         parent.artifact(write_report(out))
@@ -114,4 +114,3 @@ def _run_tracked(stage: str, experiment: Experiment, parent: Tracker) -> None:
     params, tracking = getattr(experiment, stage), experiment.tracking
     with open_run(folder, tracking, name=name, params=params, parent=parent) as tracker:
         run_stage(stage, experiment, experiment.folder, tracker)
-    log.info("%s: finished in %s", stage, clock(read_done(folder).seconds))

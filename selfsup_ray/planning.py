@@ -18,10 +18,10 @@ from selfsup_ray.config import Resources, load
 from selfsup_ray.costs import Cost, cost
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.sources import Source
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
 from selfsup_ray.progress import clock
-from selfsup_ray.steps import Folders, fingerprint_of
+from selfsup_ray.steps import Folders, open_artifact
 
 COUNTING_S = 10.0
 """Seconds that counting the images of a source may take."""
@@ -106,6 +106,8 @@ def plan_experiment(
     states = stage_states(experiment, experiment.folder, chosen)
     n = count_images(experiment)
     steps = []
+    if n is not None:
+        _require_enough(experiment, n)
     for stage, (state, why) in states.items():
         config = getattr(experiment, stage)
         will_run = state in ("run", "continue")
@@ -170,7 +172,7 @@ def _state(
     remade = [name for name in inputs if states[name][0] in ("run", "continue")]
     if remade:
         return "current", f"finished; {remade[0]} is made again and must come out the same"
-    _require_same_inputs(at(stage), found, {fingerprint_of(at(name)) for name in inputs})
+    _require_same_inputs(at(stage), found, {open_artifact(at(name)).fingerprint for name in inputs})
     return "current", "finished, same config and inputs"
 
 
@@ -198,6 +200,22 @@ def count_images(experiment: Experiment) -> int | None:
         if time.monotonic() > deadline:
             return None
     return count
+
+
+def _require_enough(experiment: Experiment, n: int) -> None:
+    """Raise ConfigError when the corpus is too small for what is asked of it."""
+    for stage in ("pretext", "scan", "selflabel"):
+        config = getattr(experiment, stage)
+        if config is not None and config.epochs and config.batch_size > n:
+            raise ConfigError(
+                f"{stage}.batch_size={config.batch_size}, but there are only {n:,} images. "
+                f"Lower it to {n} or less."
+            )
+    if experiment.graph is not None and experiment.graph.k >= n:
+        raise ConfigError(
+            f"graph.k={experiment.graph.k}, but there are only {n:,} images, each with "
+            f"{max(n - 1, 0):,} others. Lower it."
+        )
 
 
 def require_room(plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +14,23 @@ from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.stages.embed import Embeddings, embed
-from selfsup_ray.stages.evaluate import evaluate_run
-from selfsup_ray.stages.export import export
+from selfsup_ray.stages.evaluate import Evaluation, evaluate_run
+from selfsup_ray.stages.export import Exported, export
 from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
 from selfsup_ray.stages.pretext import pretrain
+from selfsup_ray.stages.probe import Probe, probe
 from selfsup_ray.stages.scan import scan
 from selfsup_ray.stages.selflabel import self_label
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
 Folders = Callable[[str], Path]
 """Stage name -> the folder that stage owns."""
-Artifact = Corpus | Encoder | Embeddings | Graph | Clusterer
+Artifact = Corpus | Encoder | Embeddings | Graph | Clusterer | Probe | Evaluation | Exported
 
 CLUSTERINGS = ("scan", "selflabel")
 """Stages that leave a Clusterer; the last one of a run is its result."""
@@ -38,29 +42,25 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "graph": Graph.open,
     "scan": Clusterer.open,
     "selflabel": Clusterer.open,
+    "probe": Probe.open,
+    "evaluate": Evaluation.open,
+    "export": Exported.open,
 }
 
 
 def open_artifact(path: Path | str) -> Artifact:
     """Return the handle on a finished stage's folder, of the type that stage makes.
 
-    Raises ArtifactError when nothing has finished there, or the stage leaves no handle.
+    Raises ArtifactError when nothing has finished there, or something that is no stage's.
     """
     path = Path(path)
     stage = read_done(path).stage
     if stage not in HANDLES:
         raise ArtifactError(
-            f"{path} holds the stage `{stage}`, which leaves tables and numbers and no handle. "
-            f"Read its files, e.g. {path / 'done.json'}."
+            f"{path} holds a `{stage}`, which has no handle. Open the folder of one of "
+            f"{', '.join(HANDLES)}."
         )
     return HANDLES[stage](path)
-
-
-def fingerprint_of(path: Path) -> str:
-    """Return the fingerprint under which other stages know a finished stage's result."""
-    if read_done(path).stage in HANDLES:
-        return open_artifact(path).fingerprint
-    return read_done(path).fingerprint
 
 
 def run_stage(stage: str, experiment: Experiment, at: Folders, tracker: Tracker | None) -> None:
@@ -102,6 +102,14 @@ def _selflabel(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     self_label(corpus, clusterer, e.selflabel, out=at("selflabel"), tracker=tracker)
 
 
+def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus = Corpus.open(at("ingest"))
+    if not corpus.has_labels:
+        log.warning("probe: left out, since no image has a label")
+        return
+    probe(Embeddings.open(at("embed")), corpus.labels, e.probe, out=at("probe"), tracker=tracker)
+
+
 def _evaluate(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     evaluate_run(
         {name: Clusterer.open(at(name)) for name in CLUSTERINGS if name in e.stages},
@@ -128,6 +136,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "graph": _graph,
     "scan": _scan,
     "selflabel": _selflabel,
+    "probe": _probe,
     "evaluate": _evaluate,
     "export": _export,
 }

@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from filelock import FileLock
 from rich.console import Console
@@ -30,18 +31,26 @@ from selfsup_ray.config import (
     build,
     changed,
     config,
+    flatten,
     load,
     override,
     read_yaml,
     to_dict,
 )
+from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
+from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.ops.metrics import effective_rank
+from selfsup_ray.ops.rng import permuted
 from selfsup_ray.progress import clock
 from selfsup_ray.steps import run_stage
 from selfsup_ray.tracking import TrackingConfig, open_run, read_records
 
 log = logging.getLogger(__name__)
+
+RANKME_SAMPLE = 2000
+"""Images whose embeddings are compared when the metric is `rankme`."""
 
 
 @config
@@ -56,8 +65,8 @@ class SweepConfig:
     until: str
     """Last stage of a trial; earlier stages that no key of the space touches are built once."""
     metric: str = "rankme"
-    """Number that is compared: a fact of a trial's stages such as `rankme` or `scan.loss`. The
-    default needs no labels: the effective rank of the embeddings (Garrido et al. 2023)."""
+    """Number that is compared: one that a stage logs, such as `scan.loss` or `scan_score`, or
+    `rankme`, the effective rank of the encoder's embeddings. Neither needs labels."""
     mode: Literal["min", "max"] = "max"
     """Whether low or high is good."""
     samples: Positive = 16
@@ -180,16 +189,38 @@ def addresses(experiment: Experiment, out: Path) -> dict[str, Path]:
     return folders
 
 
-def run_trial(changes: Changes, *, experiment: Experiment, out: Path) -> dict[str, float]:
+def run_trial(
+    changes: Changes, *, experiment: Experiment, out: Path, metric: str
+) -> dict[str, float]:
     """Run the stages of one trial that no other trial has run, and return its numbers.
 
     Two trials that need the same unfinished stage meet at a lock; the second finds it finished.
+    Raises ConfigError when no stage of the trial has the metric.
     """
     trial = override(experiment, changes)
     folders = addresses(trial, out)
     for stage in trial.stages:
         _build(stage, trial, folders)
-    return numbers({stage: read_done(folders[stage]).facts for stage in trial.stages})
+    found = numbers({stage: folders[stage] for stage in trial.stages})
+    if metric == "rankme":
+        found["rankme"] = rankme(Corpus.open(folders["ingest"]), Encoder.open(folders["pretext"]))
+    matching = [key for key in found if f".{key}".endswith(f".{metric}")]
+    if not matching:
+        raise ConfigError(
+            f"No stage up to {trial.stages[-1]} has the number metric={metric}. There are: "
+            f"rankme, {', '.join(sorted(found))}."
+        )
+    return found | {metric: found[matching[-1]]}
+
+
+def rankme(corpus: Corpus, encoder: Encoder) -> float:
+    """Return the effective rank of the embeddings of at most 2,000 images (RankMe: Garrido 2023).
+
+    It needs no labels; between 1 and the dimension, and higher is better for the same images.
+    """
+    n = len(corpus)
+    ids = np.sort(permuted(np.arange(min(n, RANKME_SAMPLE)), n=n, seed=0, epoch=0))
+    return effective_rank(encoder.embed(corpus.images(ids)))
 
 
 def _build(stage: str, trial: Experiment, folders: Mapping[str, Path]) -> None:
@@ -200,13 +231,16 @@ def _build(stage: str, trial: Experiment, folders: Mapping[str, Path]) -> None:
         run_stage(stage, trial, lambda name: folders[name], tracker)
 
 
-def numbers(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the numbers among stages' facts, as `stage.fact` and as `fact` of the last stage."""
+def numbers(folders: Mapping[str, Path]) -> dict[str, float]:
+    """Return the last value of every number that stages logged or stamped, as `stage.name`."""
     found: dict[str, float] = {}
-    for stage, values in facts.items():
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                found |= {f"{stage}.{name}": float(value), name: float(value)}
+    for stage, folder in folders.items():
+        records = read_records(folder / "metrics.jsonl")
+        for values in (*records, flatten(read_done(folder).facts)):
+            for name, value in values.items():
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if is_number and name not in ("step", "time"):
+                    found[f"{stage}.{name}"] = float(value)
     return found
 
 
@@ -237,7 +271,7 @@ def _searched(trial: Experiment, made: SweepConfig) -> list[Trial]:
         concurrent=made.concurrent,
     )
     return search(
-        partial(run_trial, experiment=trial, out=out),
+        partial(run_trial, experiment=trial, out=out, metric=made.metric),
         made.space,
         how=how,
         resources=Resources(workers=1, cpus=made.cpus, gpus=made.gpus),
@@ -300,7 +334,8 @@ def _write(summary: Summary, experiment: Experiment) -> None:
             values = [trial.changes[key] for key in keys]
             number = trial.metrics.get(summary.metric, "")
             rows.writerow([trial.id, *values, number, round(trial.seconds, 2), trial.error or ""])
-    best = override(experiment, summary.trials[0].changes)
+    changes = summary.trials[0].changes | {"out": str(summary.out / "best")}
+    best = override(experiment, changes)
     text = yaml.safe_dump(to_dict(best), sort_keys=False)
     write_text(summary.out / "best.yaml", text)
 
