@@ -263,7 +263,7 @@ BAD_KINDS = (
     Kind("half a JPEG, closed", ".jpg", "truncated", lambda image: _cut_scan(image) + b"\xff\xd9"),
     Kind("half a PNG", ".png", "truncated", lambda image: _cut(saved(image, "PNG"))),
     Kind("half a BMP", ".bmp", "truncated", lambda image: _cut(saved(image, "BMP"))),
-    Kind("half a GIF", ".gif", "truncated", lambda image: _cut(saved(image, "GIF"))),
+    Kind("half a GIF", ".gif", "truncated", lambda image: saved(image, "GIF")[:-30]),
     Kind("a JPEG's header", ".jpg", "truncated", lambda image: _jpeg(image)[:200]),
     Kind("damaged JPEG", ".jpg", "corrupt", _restarts_lost),
     Kind("damaged PNG", ".png", "corrupt", lambda image: _wrong_checksum(saved(image, "PNG"))),
