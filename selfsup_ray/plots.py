@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ INK = "#1b2530"
 """Text and axes while drawing; becomes `currentColor`, so that a figure follows the theme."""
 MUTED = "#7d8894"
 ACCENT = "#2f6fb3"
-SERIES = ("#2f6fb3", "#d9822b", "#3f9a63", "#b04a5a", "#7a5ea8", "#8a6d3b", "#c76fa5", "#4d9fa8")
+"""What a figure shows first; becomes the page's `--accent`, which is lighter on a dark page."""
+SERIES = (ACCENT, "#d9822b", "#3f9a63", "#b04a5a", "#7a5ea8", "#8a6d3b", "#c76fa5", "#4d9fa8")
 """Line colours of different lightness, so that they stay apart in grey print."""
 HUES = (
     *("#4477aa", "#ee7733", "#228833", "#cc3311", "#aa3377", "#66ccee", "#ccbb44", "#997755"),
@@ -32,6 +34,7 @@ _STYLE: Any = {  # matplotlib types the keys of this mapping one by one
     "font.size": 9,
     "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib; wider than what replaces it
     "text.color": INK,
+    "text.parse_math": False,  # a class may be called $10
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.titlesize": 9.5,
@@ -60,7 +63,9 @@ def svg(draw: Callable[[Axes], None], *, width: float, height: float, label: str
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Harmless here: the page's font draws the text, the missing glyph is only measured.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None})
@@ -71,7 +76,8 @@ def _inline(text: str, *, label: str) -> str:
     """Return what of a matplotlib SVG belongs inside a page: no prologue, metadata, fixed size."""
     body = text[text.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = body.replace(INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
+    body = body.replace(INK, "currentColor").replace(ACCENT, f"var(--accent, {ACCENT})")
+    body = body.replace("'DejaVu Sans'", "system-ui")
     view = re.search(r'viewBox="([^"]*)"', body)
     assert view is not None, "matplotlib's SVG has no viewBox"
     natural = f"max-width:{float(view[1].split()[2]) * 4 / 3:.0f}px"
@@ -168,10 +174,10 @@ def plot_confusion(
             color = "white" if share[i, j] > 0.35 else INK
             if count:
                 ax.text(j, i, f"{count:,}", ha="center", va="center", color=color, fontsize=7)
-    if len(rows) <= 60:
-        ax.set_yticks(np.arange(len(rows)), [shortened(name, 22) for name in rows])
-    if len(columns) <= 60:
-        ax.set_xticks(np.arange(len(columns)), columns)
+    few = [shortened(name, 22) for name in rows] if len(rows) <= 60 else []
+    ax.set_yticks(np.arange(len(few)), few)
+    few = list(columns) if len(columns) <= 60 else []
+    ax.set_xticks(np.arange(len(few)), few)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="cluster, matched to its class", ylabel="class")

@@ -23,9 +23,9 @@ from selfsup_ray.report_sections import (
 )
 
 SECTIONS = (
-    scores_section,
     clusters_section,
     confusion_section,
+    scores_section,
     map_section,
     neighbors_section,
     training_section,

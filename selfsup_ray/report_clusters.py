@@ -26,7 +26,7 @@ MOST_SHEETS = 1_000
 STRIPS, STRIP_NEIGHBORS = 10, 10
 """Images shown with their neighbors, and neighbors shown of each."""
 MOST_NAMED = 30
-"""Groups whose name is written on a map."""
+"""Groups whose names are written on a map; more would cover it."""
 MOST_CELLS = 1_000
 """Classes and clusters of a drawn confusion matrix; more would be finer than a screen."""
 
@@ -71,7 +71,7 @@ def _sheets(run: Run, corpus: Corpus, clusters: Clusters) -> str:
     if len(shown) == MOST_SHEETS:
         text = text.replace("every cluster", f"the {MOST_SHEETS:,} largest clusters")
     if clusters.classes is not None:
-        text += " A cross marks an image whose known class is not its cluster's most frequent one."
+        text += " Purity: share of the cluster's most frequent class; a cross: another class."
     per_row, side = sheet_size(len(shown), image_size=corpus.image_size)
     cards = (_card(run, corpus, clusters, c, per_row=per_row, side=side) for c in shown)
     return paragraph(text, note=True) + f'<div class="cards">{"".join(cards)}</div>'
@@ -98,8 +98,8 @@ def _card(
     facts += f"{clusters.confidence[cluster]:.2f}"
     name = ""
     if (majority := clusters.majority(cluster)) is not None:
-        name = f" · {run.class_of(majority[0])}"
-        facts += f", {percent(majority[1])} {run.class_of(majority[0])}"
+        name = f" · {plots.shortened(run.class_of(majority[0]), 32)}"
+        facts += f", purity {majority[1]:.2f}"
     rows = [_row("most sure", sheet, tiles[: len(most)], p[: len(most)])]
     if len(least):
         rows.append(_row("least sure", sheet, tiles[len(most) :], p[len(most) :]))
@@ -312,14 +312,14 @@ def map_section(run: Run) -> Section | str:
     clusters, hues = _cluster_hues(run, ids)
     panels = []
     if clusters is not None:
-        names = {c: str(c) for c in _frequent(clusters)}
+        names = {c: str(c) for c in _to_name(clusters)}
         draw = partial(
             plots.plot_map, xy, clusters, names=names, title="by cluster", hues=hues[clusters]
         )
         panels.append(plots.svg(draw, width=5.4, height=5.2, label="map by cluster"))
     labels = run.corpus.labels(ids) if run.corpus is not None and run.corpus.has_labels else None
     if labels is not None and (labels >= 0).any():
-        names = {c: run.class_of(c) for c in _frequent(labels)}
+        names = {c: run.class_of(c) for c in _to_name(labels)}
         draw = partial(plots.plot_map, xy, labels, names=names, title="by label", hues=labels)
         panels.append(plots.svg(draw, width=5.4, height=5.2, label="map by label"))
         text += (
@@ -345,11 +345,10 @@ def _cluster_hues(run: Run, ids: Array) -> tuple[Array | None, Array]:
     return clusters, hues
 
 
-def _frequent(groups: Array) -> list[int]:
-    """Return the groups to name on the map: the most frequent ones."""
-    values, counts = np.unique(groups[groups >= 0], return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:MOST_NAMED]
-    return [int(value) for value in values[order]]
+def _to_name(groups: Array) -> list[int]:
+    """Return the groups to name on the map: all, or none when there are too many."""
+    values = np.unique(groups[groups >= 0])
+    return [int(value) for value in values] if len(values) <= MOST_NAMED else []
 
 
 def _image_map(corpus: Corpus, ids: Array, xy: Array, groups: Array) -> str:

@@ -83,15 +83,17 @@ th { color: var(--soft); font-weight: 500; white-space: nowrap; }
 .strip .query span { color: var(--ink); font-weight: 600; }
 .strip > b { border-right: 2px solid var(--line); }
 .strip .x { color: var(--bad); font-weight: 600; }
-.map { display: block; width: 100%; max-width: 62rem; height: auto; }
+.map { display: block; width: 100%; max-width: 50rem; height: auto; }
 details { margin: .35rem 0; }
 summary { cursor: pointer; }
 @media (max-width: 900px) { .page { display: block; padding: 0 1rem 3rem; }
   nav { position: static; max-height: none; padding: 1rem 0 0; }
   nav ol { display: flex; flex-wrap: wrap; border: 0; gap: 0 .2rem; }
   nav a { padding: .15rem .7rem .15rem 0; } header { padding-top: 1rem; }
-  .bar { width: 4rem; } .strip { overflow-x: auto;
-  grid-template-columns: minmax(3.4rem, 1fr) .5rem repeat(var(--k), minmax(3.4rem, 1fr)); } }
+  .bar { width: 4rem; } }
+@media (max-width: 600px) { .row { grid-template-columns: repeat(var(--m), minmax(0, 1fr)); }
+  .strip { grid-template-columns: minmax(0, 1fr) .5rem repeat(5, minmax(0, 1fr)); }
+  .strip > :nth-child(n + 8) { display: none; } td:last-child:not(.n) { min-width: 11rem; } }
 @media print { .page { display: block; max-width: none; padding: 0; } nav { display: none; }
   :root { --ink: #000; --soft: #444; --paper: #fff; --panel: #f3f4f6; --line: #ccc;
   --accent: #2f6fb3; --bad: #b03018; color-scheme: light; }

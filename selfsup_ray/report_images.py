@@ -21,6 +21,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 READ = 256
 """Images held at full size at a time."""
+PIXELS = 10_000_000
+"""Pixels of all contact sheets together: 8 MB of page when they are photographs."""
 BLOCK = 8
 """JPEG works on blocks of 8 x 8: tiles start on a block, so that none stains its neighbor."""
 
@@ -64,7 +66,9 @@ class Sheet:
         grid = padded.reshape(rows, columns, pitch, pitch, 3).transpose(0, 2, 1, 3, 4)
         picture = grid.reshape(rows * pitch, columns * pitch, 3)
         size = f"{100 * columns * pitch / s:.4f}% {100 * rows * pitch / s:.4f}%"
-        style = f"--sheet:url({jpeg_uri(picture)});--size:{size};--n:{columns}"
+        style = (
+            f"--sheet:url({jpeg_uri(picture)});--size:{size};--n:{columns};--m:{min(columns, 6)}"
+        )
         return cls(style, columns, rows, s, pitch)
 
     def position(self, i: int) -> str:
@@ -93,14 +97,14 @@ def thumb(sheet: Sheet, i: int, *, title: str, is_off: bool = False) -> str:
 def sheet_size(groups: int, *, image_size: int, most: int = 12) -> tuple[int, int]:
     """Return (images per row, thumbnail side) for two rows of each of so many groups.
 
-    About 10 million pixels in all, some 6 MB as JPEG: 12 images of 64 pixels up to 100 groups,
-    fewer first and then smaller beyond.
+    At most PIXELS in all: 12 images of 64 pixels up to 100 groups, beyond that fewer, then
+    smaller ones.
     """
     side = min(image_size, 64)
-    per_row = 10_000_000 // max(2 * groups * side * side, 1)
+    per_row = PIXELS // max(2 * groups * side * side, 1)
     if per_row >= 6:
         return min(most, per_row), side
-    return 6, max(24, min(side, int((10_000_000 / (12 * groups)) ** 0.5)))
+    return 6, max(24, min(side, int((PIXELS / (12 * groups)) ** 0.5)))
 
 
 def jpeg_uri(picture: Array) -> str:
@@ -108,7 +112,7 @@ def jpeg_uri(picture: Array) -> str:
     is_grey = bool((picture[..., :1] == picture).all())
     image = Image.fromarray(np.ascontiguousarray(picture[..., 0]) if is_grey else picture)
     buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
+    image.save(buffer, "JPEG", quality=80, subsampling=0, optimize=True)
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 

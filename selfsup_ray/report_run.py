@@ -290,8 +290,10 @@ def map_positions(rows: Array) -> Array | None:
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     n = len(rows)
+    if n < 4:
+        return None
     centered = rows - rows.mean(axis=0)
-    if n < 4 or np.abs(centered).max() < 1e-5:
+    if np.abs(centered).max() < 1e-5:
         return None
     with threadpool_limits(limits=1):
         u, s, _ = np.linalg.svd(centered, full_matrices=False)

@@ -43,7 +43,7 @@ def headline_scores(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield (name, value, remark) of the scores that come first: with labels, or those without."""
     scores = _evaluated(run)
     baseline = scores.get("baselines", {}).get("pixels", {})
-    compared = f"k-means on pixels {plain(baseline['accuracy'])}" if baseline else "Hungarian"
+    compared = f"k-means on pixels {baseline['accuracy']:.3f}" if baseline else "Hungarian"
     for key, name, remark in (
         ("accuracy", "ACC", compared),
         ("nmi", "NMI", ""),
@@ -118,7 +118,7 @@ def _against(scores: Scores, baselines: Scores) -> str:
         text = f"{BASELINES.get(kind, kind)}: {value['images']:,} images"
         if value.get("accuracy_here") is not None:
             text += f", on which the result has accuracy {value['accuracy_here']:.3f}"
-        parts.append(f"{text} (best of {value['n_init']} starts, seed {value['seed']}).")
+        parts.append(f"{text} (the best by inertia of {value['n_init']}, seed {value['seed']}).")
     return " ".join(parts)
 
 

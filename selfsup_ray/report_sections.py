@@ -234,7 +234,7 @@ def _notes(counts: Mapping[str, int]) -> str:
     if not counts:
         return ""
     text = ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
-    return paragraph(f"Converted to square RGB on the way in: {text}.")
+    return paragraph(f"Handled on the way in: {text}.")
 
 
 def _quarantine(path: Path, kept: int) -> str:
