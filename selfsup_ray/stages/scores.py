@@ -177,7 +177,7 @@ def baseline_scores(
         "accuracy_mean": float(np.mean(accuracies)),
         "accuracy_std": float(np.std(accuracies)),
         "images": len(ids),
-        "starts": starts,
+        "n_init": starts,
         "seed": seed,
     }
 

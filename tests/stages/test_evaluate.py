@@ -215,7 +215,7 @@ def test_kmeans_baselines_are_scikit_learns_start_with_the_lowest_inertia(world:
         assert baseline["accuracy"] == accuracies[best]
         assert baseline["accuracy_mean"] == pytest.approx(np.mean(accuracies))
         assert baseline["accuracy_std"] == pytest.approx(np.std(accuracies))
-        assert (baseline["images"], baseline["starts"], baseline["seed"]) == (N, 3, 5)
+        assert (baseline["images"], baseline["n_init"], baseline["seed"]) == (N, 3, 5)
         assert baseline["accuracy_here"] == scores["accuracy"]
 
 
