@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfsup_ray.artifacts import Array, write_json
 from selfsup_ray.config import config, to_dict
 from selfsup_ray.errors import ArtifactError
-from selfsup_ray.models.backbones import Backbone, BackboneConfig, build_backbone
+from selfsup_ray.models.backbones import Backbone, BackboneConfig, build_backbone, fold_batch_norm
 from selfsup_ray.models.heads import Head, HeadConfig
 from selfsup_ray.models.inputs import ImageInput, Source, image_batches
 from selfsup_ray.models.objective import unit_rows
@@ -60,8 +60,12 @@ def evaluation_view(images: Tensor, expected: ImageInput) -> Tensor:
 
 
 def for_inference(module: nn.Module, device: str | torch.device) -> nn.Module:
-    """Return the module on a device, channels last, in evaluation mode and without gradients."""
+    """Return the module on a device, in evaluation mode and without gradients, made fast.
+
+    Batch normalisations are folded into their convolutions, and memory is channels last.
+    """
     module.requires_grad_(False).eval()
+    fold_batch_norm(module)
     return module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from selfsup_ray.models.backbones import ResNetConfig, build_backbone
+from selfsup_ray.models.backbones import ResNetConfig, build_backbone, fold_batch_norm
+from selfsup_ray.models.norm import BatchNorm
 
 
 def images(batch: int, side: int) -> Tensor:
@@ -86,6 +87,20 @@ def test_convolutions_start_kaiming_normal_by_fan_out() -> None:
     fan_out = weight.shape[0] * 9
     assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
     assert weight.mean().item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folded_batch_norm_gives_the_same_features(name: str) -> None:
+    config = ResNetConfig(name=name, stem="stl", width=4)  # type: ignore[arg-type]
+    backbone = build_backbone(config).double()
+    generator = torch.Generator().manual_seed(0)
+    for key, value in backbone.state_dict().items():
+        if "bn" in key or "downsample.1" in key:  # not the trivial 0 and 1
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    expected = backbone.eval()(images(2, 20).double())
+    fold_batch_norm(backbone)
+    assert not any(isinstance(layer, BatchNorm) for layer in backbone.modules())
+    torch.testing.assert_close(backbone(images(2, 20).double()), expected)
 
 
 def test_channels_last_gives_the_same_features() -> None:
