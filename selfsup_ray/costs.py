@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,12 +161,15 @@ def _ingest(e: Experiment, n: int) -> Cost:
     assert e.ingest is not None
     side, encoding = e.ingest.image_size, e.ingest.encoding
     stored = side * side * 3 * {"raw": 1.0, "png": 0.7, "jpeg": 0.15}[encoding]
-    per_s = DECODED_PER_S * max(e.ingest.resources.workers, 1) * e.ingest.resources.cpus
+    ask = e.ingest.resources
+    # `workers` is an upper bound here: 32 by default, fewer where there are fewer CPUs.
+    cpus = min(max(ask.workers, 1) * ask.cpus, os.cpu_count() or 1)
     return Cost(
         memory_bytes=int(2 * e.ingest.shard_size * side * side * 3) + WORKER_BYTES,
         disk_bytes=int(n * (stored + ROW_BYTES)),
-        seconds=n / per_s,
-        assumes=f"{DECODED_PER_S:.0f} photos/s a CPU, {stored / 1e3:.1f} kB an image as {encoding}",
+        seconds=n / (DECODED_PER_S * cpus),
+        assumes=f"{cpus:g} CPUs, {DECODED_PER_S:.0f} photos/s each, "
+        f"{stored / 1e3:.1f} kB an image as {encoding}",
     )
 
 
@@ -203,6 +207,8 @@ def _described(e: Experiment, stage: str) -> _Training:
 def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     assert e.pretext is not None and e.ingest is not None
     made = _described(e, stage)
+    if made.config.epochs == 0:
+        return Cost(memory_bytes=WORKER_BYTES, assumes="initial_weights are kept as they are")
     side, backbone = made.views.size or e.ingest.image_size, e.pretext.backbone
     net, bfloat16 = network(backbone, side), made.config.precision == "bfloat16"
     ask, batch = made.config.resources, made.config.batch_size

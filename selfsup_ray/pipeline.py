@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,22 +92,36 @@ def run_experiment(
 
 def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | None) -> None:
     """Run stages in one Ray session, each as a child of the experiment's MLflow run."""
-    from selfsup_ray.cluster.session import require_resources, session
-
     out, tracking = experiment.out, experiment.tracking
     text = yaml.safe_dump(to_dict(experiment), sort_keys=False)
     with (
-        session(address),
+        _workers(stages, experiment, address),
         open_run(out, tracking, name=out.name, params=experiment) as parent,
     ):
-        for stage in set(stages) & TRAINED:
-            require_resources(getattr(experiment, stage).resources, stage=stage)
         write_text(out / "experiment.yaml", text)
         for i, stage in enumerate(stages, start=1):
             log.info("%s: stage %d of the %d to run", stage, i, len(stages))
             _run_tracked(stage, experiment, parent)
         parent.artifact(out / "experiment.yaml")
         parent.artifact(write_report(out))
+
+
+@contextmanager
+def _workers(stages: Sequence[str], experiment: Experiment, address: str | None) -> Iterator[None]:
+    """Be connected to Ray while stages run; not at all when every one runs in this process.
+
+    Raises ResourceError when Ray can never place the workers of a stage.
+    """
+    asked = {stage: getattr(experiment, stage).resources for stage in stages}
+    if address is None and all(resources.workers == 0 for resources in asked.values()):
+        yield
+        return
+    from selfsup_ray.cluster.session import require_resources, session
+
+    with session(address):
+        for stage in TRAINED & asked.keys():
+            require_resources(asked[stage], stage=stage)
+        yield
 
 
 def _run_tracked(stage: str, experiment: Experiment, parent: Tracker) -> None:

@@ -128,12 +128,7 @@ def sweep(
     same call continues a sweep that was killed. Raises UserError for a mistake in either file,
     or a value of the space that the experiment refuses, before anything is spent.
     """
-    made = load_sweep(path, changes or {})
-    experiment = seeded(load(Experiment, made.experiment, made.changes))
-    require_stages(experiment, [made.until])
-    for key, dimension in made.space.items():
-        for value in dimension.ends:
-            override(experiment, {key: value})
+    made, experiment = prepared(path, changes or {})
     trial = in_process(experiment, made)
     inputs = {stage: folder.name for stage, folder in addresses(trial, made.out).items()}
     if begin(made.out, stage="sweep", config=made, inputs=inputs):
@@ -152,10 +147,28 @@ def sweep(
     return summary
 
 
+def prepared(path: Path, changes: Mapping[str, Any]) -> tuple[SweepConfig, Experiment]:
+    """Return a sweep and its experiment, checked at every choice and bound of the space.
+
+    Raises UserError for a mistake in either file or a value that the experiment refuses.
+    """
+    made = load_sweep(path, changes)
+    experiment = seeded(load(Experiment, made.experiment, made.changes))
+    require_stages(experiment, [made.until])
+    for key, dimension in made.space.items():
+        for value in dimension.ends:
+            override(experiment, {key: value})
+    return made, experiment
+
+
 def load_sweep(path: Path, changes: Mapping[str, Any]) -> SweepConfig:
-    """Return a sweep file's config with changes applied to it or to its experiment."""
+    """Return a sweep file's config with changes applied to it or to its experiment.
+
+    A key that both have, such as `out` or `seed`, is the sweep's.
+    """
     own = {field.name for field in dataclasses.fields(SweepConfig)}
-    for_sweep = {key: value for key, value in changes.items() if key.split(".")[0] in own}
+    theirs = {field.name for field in dataclasses.fields(Experiment)} - own
+    for_sweep = {key: v for key, v in changes.items() if key.split(".")[0] not in theirs}
     values = changed({"out": f"runs/sweeps/{path.stem}", **read_yaml(path)}, for_sweep)
     for_experiment = {key: value for key, value in changes.items() if key not in for_sweep}
     if for_experiment:

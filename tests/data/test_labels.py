@@ -17,7 +17,7 @@ def written(path: Path, items: Iterable[Item], shard_size: int = 3) -> Listing:
 
 
 def in_folders(*names: str) -> list[Item]:
-    return [Item(name, f"/root/{name}", folder=name.rpartition("/")[0]) for name in names]
+    return [Item(name, f"/pictures/{name}", folder=name.rpartition("/")[0]) for name in names]
 
 
 def labelled(*labels: str | None, class_names: tuple[str | None, ...] = ()) -> list[Item]:
@@ -33,10 +33,10 @@ def labels_of(path: Path, items: list[Item], labels: str = "found") -> tuple[lis
 
 def test_a_listing_gives_back_its_items_in_units(tmp_path):
     items = [
-        Item("a/1.png", "/root/a/1.png", folder="a", label="x", class_name="X"),
-        Item("b.zip/2.png", "/root/b.zip", "zip-deflate", offset=7, size=9, packed=5, crc=11),
-        Item("caf\\xe9.png", "/root/caf\udce9.png"),
-        Item("c.tar", "/root/c.tar", "bad", reason="truncated", detail="it ends"),
+        Item("a/1.png", "/pictures/a/1.png", folder="a", label="x", class_name="X"),
+        Item("b.zip/2.png", "/pictures/b.zip", "zip-deflate", offset=7, size=9, packed=5, crc=11),
+        Item("caf\\xe9.png", "/pictures/caf\udce9.png"),
+        Item("c.tar", "/pictures/c.tar", "bad", reason="truncated", detail="it ends"),
     ]
     listing = write_listing(tmp_path / "l", items, shard_size=3, skipped={".txt": 2})
     again = Listing.open(tmp_path / "l")

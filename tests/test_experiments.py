@@ -1,0 +1,185 @@
+"""Every file in experiments/ loads, says on top what it is for, and holds the papers' values."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from selfsup_ray import cli
+from selfsup_ray.config import flatten, load, to_dict
+from selfsup_ray.experiment import Experiment
+from selfsup_ray.sweeping import prepared
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "experiments").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def header(path: Path) -> dict[str, str]:
+    """Return the comment lines at the top by their first word; continued lines joined."""
+    found: dict[str, str] = {"title": ""}
+    last = "title"
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("# ").removeprefix("#").rstrip()
+        word = text.split(":")[0]
+        last = word if word in ("Command", "Cost", "Expect") else last
+        found[last] = f"{found.get(last, '')} {text.removeprefix(f'{word}:')}".strip()
+    return found
+
+
+def is_sweep(path: Path) -> bool:
+    return path.parent.name == "sweeps"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_says_on_top_what_it_is_its_command_cost_and_result(name: str):
+    found = header(ROOT / name)
+    assert found["title"] and not found["title"].endswith(":")
+    for part in ("Command", "Cost", "Expect"):
+        assert len(found.get(part, "")) > 20, f"{name} does not say its {part}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_on_top_is_one_that_loads_this_file(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    command = next(
+        line.split("Command:")[1]
+        for line in (ROOT / name).read_text().splitlines()
+        if "Command:" in line
+    )
+    program, *arguments = shlex.split(command)
+    options = cli.parsed(arguments)
+    assert program == "selfsup-ray"
+    if is_sweep(ROOT / name):
+        assert options.sweep == Path(name)
+        prepared(options.sweep, dict(options.changes))
+    else:
+        assert options.experiment == Path(name)
+        load(Experiment, options.experiment, dict(options.changes))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_writes_below_runs_under_its_own_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    path = Path(name)
+    if is_sweep(path):
+        made, _ = prepared(path, {})
+        assert made.out == Path("runs/sweeps") / path.stem
+    else:
+        assert load(Experiment, path).out in (
+            Path("runs") / path.stem,
+            Path("runs") / path.stem.removesuffix("-folder"),
+        )
+
+
+def values(name: str) -> dict[str, Any]:
+    return flatten(to_dict(load(Experiment, ROOT / "experiments" / f"{name}.yaml")))
+
+
+# SCAN's configs (Van Gansbeke et al. 2020, public code), one row of its table of defaults each.
+SIMCLR = {
+    "pretext.method.name": "simclr",
+    "pretext.method.temperature": 0.1,
+    "pretext.method.head.dim": 128,
+    "pretext.backbone.name": "resnet18",
+    "pretext.epochs": 500,
+    "pretext.batch_size": 512,
+    "pretext.optim.name": "sgd",
+    "pretext.optim.lr": 0.4,
+    "pretext.optim.momentum": 0.9,
+    "pretext.optim.weight_decay": 1e-4,
+    "pretext.optim.nesterov": False,
+    "pretext.schedule.name": "cosine",
+    "pretext.schedule.final_ratio": pytest.approx(0.1**3),
+    "pretext.views.name": "scan_simclr",
+    "pretext.views.scale": [0.2, 1.0],
+}
+SMALL = {
+    "graph.k": 20,
+    "scan.num_clusters": 10,
+    "scan.num_heads": 1,
+    "scan.num_neighbors": 20,
+    "scan.entropy_weight": 5.0,
+    "scan.freeze_backbone": False,
+    "scan.batch_size": 128,
+    "scan.optim.name": "adam",
+    "scan.optim.lr": 1e-4,
+    "scan.optim.weight_decay": 1e-4,
+    "scan.schedule.name": "constant",
+    "scan.views.name": "ours",
+    "selflabel.threshold": 0.99,
+    "selflabel.class_balancing": True,
+    "selflabel.ema": None,
+    "selflabel.batch_size": 1000,
+    "selflabel.optim.name": "adam",
+    "selflabel.optim.lr": 1e-4,
+    "selflabel.optim.weight_decay": 1e-4,
+}
+IMAGENET = {
+    "pretext.backbone.name": "resnet50",
+    "pretext.epochs": 0,
+    "graph.k": 50,
+    "scan.num_heads": 10,
+    "scan.num_neighbors": 50,
+    "scan.entropy_weight": 5.0,
+    "scan.freeze_backbone": True,
+    "scan.epochs": 100,
+    "scan.optim.name": "sgd",
+    "scan.optim.lr": 5.0,
+    "scan.optim.momentum": 0.9,
+    "scan.optim.weight_decay": 0,
+    "scan.optim.nesterov": False,
+    "scan.views.name": "scan_simclr",
+    "scan.views.size": 224,
+}
+TEACH = {
+    "selflabel.threshold": 0.99,
+    "selflabel.class_balancing": False,
+    "selflabel.ema": 0.999,
+    "selflabel.epochs": 25,
+    "selflabel.batch_size": 512,
+    "selflabel.optim.name": "sgd",
+    "selflabel.optim.lr": 0.03,
+    "selflabel.optim.weight_decay": 0,
+    "selflabel.views.cutout": 75,
+}
+CIFAR = {"scan.epochs": 50, "selflabel.epochs": 200, "scan.views.cutout": 16}
+STL = {"scan.epochs": 100, "selflabel.epochs": 100, "scan.views.cutout": 32}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cifar10": SIMCLR | SMALL | CIFAR | {"pretext.backbone.stem": "cifar"},
+    "stl10-pretext": SIMCLR | {"pretext.backbone.stem": "stl"},
+    "stl10": SMALL | STL,
+    "imagenet-50": IMAGENET | TEACH | {"scan.num_clusters": 50, "scan.batch_size": 512},
+    "imagenet-100": IMAGENET | TEACH | {"scan.num_clusters": 100, "scan.batch_size": 1024},
+    "imagenet-200": IMAGENET | TEACH | {"scan.num_clusters": 200, "scan.batch_size": 1024},
+    "imagenet": IMAGENET | {"scan.num_clusters": 1000, "scan.batch_size": 4096},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_experiment_of_the_paper_has_the_papers_values(name: str):
+    has = values(name)
+    wrong = {key: (has.get(key), want) for key, want in PUBLISHED[name].items() if has[key] != want}
+    assert not wrong, f"{name}: (has, published) {wrong}"
+
+
+def test_the_quickstart_needs_no_data_and_no_gpu():
+    has = values("quickstart")
+    assert str(has["ingest.source"]).startswith("bundled:")
+    assert not any(value for key, value in has.items() if key.endswith("resources.gpus"))
+
+
+def test_the_cluster_file_is_one_that_rays_launcher_accepts():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    made = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    validate_config(made)
+    kinds = made["available_node_types"]
+    assert kinds[made["head_node_type"]]["resources"]["CPU"] == 0
+    assert any(kind["resources"].get("GPU") for kind in kinds.values())
