@@ -63,7 +63,7 @@ class EvaluateConfig:
     """k-means to compare with, on raw `pixels` or on `embeddings`; needs labels."""
     baseline_sample: Positive = 10_000
     """Labelled images that k-means gets at most; the clustering is scored on the same ones too."""
-    baseline_starts: Positive = 3
+    baseline_starts: Positive = 10
     """Random starts of k-means; the one with the lowest inertia counts."""
     seed: NonNegative = 0
     """Chooses the samples and the starts of k-means."""

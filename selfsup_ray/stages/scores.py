@@ -197,14 +197,16 @@ def kmeans(rows: Array, *, num_clusters: int, starts: int, seed: int) -> list[Ar
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
     found = []
-    for i in range(starts):
-        model = KMeans(min(num_clusters, len(rows)), n_init=1, random_state=seed + i)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than K
+    # One thread: on a shared machine two spend ten times the CPU time waiting for each other.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
+        for i in range(starts):
+            model = KMeans(min(num_clusters, len(rows)), n_init=1, random_state=seed + i)
             clusters = np.asarray(model.fit_predict(rows), np.int64)
-        found.append((float(model.inertia_), i, clusters))
+            found.append((float(model.inertia_), i, clusters))
     return [clusters for _, _, clusters in sorted(found, key=lambda start: start[:2])]
 
 
