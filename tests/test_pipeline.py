@@ -1,0 +1,281 @@
+"""Running and planning an experiment: what is run, skipped, refused, and what it would cost."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from selfsup_ray.artifacts import read_done
+from selfsup_ray.config import build, override
+from selfsup_ray.costs import network
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.data.synthetic import write_shapes
+from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.experiment import Experiment, seeded
+from selfsup_ray.models.backbones import ResNetConfig
+from selfsup_ray.models.clusterer import Clusterer
+from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.pipeline import Result, run, run_experiment
+from selfsup_ray.planning import plan, plan_experiment, size
+from selfsup_ray.stages.embed import Embeddings
+from selfsup_ray.stages.evaluate import Evaluation
+from selfsup_ray.stages.export import Exported
+from selfsup_ray.stages.graph import Graph
+from selfsup_ray.stages.probe import Probe
+from selfsup_ray.steps import open_artifact
+
+HERE = {"workers": 0}
+SMALL = {"epochs": 1, "batch_size": 16, "precision": "float32", "resources": HERE}
+STAGES = ["ingest", "pretext", "embed", "graph", "scan", "selflabel", "probe", "evaluate", "export"]
+
+
+def tiny(folder: Path) -> dict[str, Any]:
+    """Return an experiment on folder/photos that takes seconds, all in this process."""
+    return {
+        "out": str(folder / "runs" / "tiny"),
+        "ingest": {"source": str(folder / "photos"), "image_size": 16, "resources": HERE},
+        "pretext": {**SMALL, "backbone": {"name": "resnet18", "stem": "stl", "width": 4}},
+        "embed": {"resources": HERE},
+        "graph": {"k": 5, "resources": HERE},
+        "scan": {**SMALL, "num_clusters": 4, "num_neighbors": 5},
+        "selflabel": {**SMALL, "threshold": 0.3},
+        "probe": {},
+        "evaluate": {},
+        "export": {},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """One finished run of the tiny experiment; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_shapes(folder / "photos", 40, size=16)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny(folder)))
+    return folder, run(folder / "tiny.yaml")
+
+
+def copied(finished: tuple[Path, Result], to: Path) -> Experiment:
+    """Return the experiment of a copy of the finished run."""
+    folder, _ = finished
+    shutil.copytree(folder / "runs", to / "runs")
+    made = build(Experiment, tiny(folder))
+    return override(made, {"out": str(to / "runs" / "tiny")})
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_every_stage_finished_and_names_what_to_open(
+    finished: tuple[Path, Result],
+):
+    folder, result = finished
+    assert [read_done(result.out / stage).stage for stage in STAGES] == STAGES
+    assert result.report == folder / "runs" / "tiny" / "report.html"
+    assert "<html" in result.report.read_text()
+    assert result.store == f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
+    text = result.text()
+    for part in (result.report, "mlflow ui --backend-store-uri", result.pseudo_labels):
+        assert str(part) in text
+
+
+def test_running_again_changes_nothing_but_the_report(finished: tuple[Path, Result]):
+    folder, result = finished
+    before = times(folder / "runs")
+    assert run(folder / "tiny.yaml") == result
+    after = times(folder / "runs")
+    assert {path for path in after if after[path] != before.get(path)} == {result.report}
+
+
+def test_a_finished_run_is_planned_as_current(finished: tuple[Path, Result]):
+    folder, _ = finished
+    made = plan(folder / "tiny.yaml")
+    assert [step.state for step in made.steps] == ["current"] * len(STAGES)
+    assert made.to_run == ()
+    assert "Nothing to run." in made.text()
+    assert [step["stage"] for step in json.loads(made.json())["steps"]] == STAGES
+
+
+def test_every_folder_opens_as_the_handle_of_its_stage(finished: tuple[Path, Result]):
+    _, result = finished
+    types = [Corpus, Encoder, Embeddings, Graph, Clusterer, Clusterer, Probe, Evaluation, Exported]
+    assert [type(open_artifact(result.out / stage)) for stage in STAGES] == types
+    with pytest.raises(ArtifactError, match="holds no finished stage"):
+        open_artifact(result.out / "absent")
+
+
+def test_a_changed_value_is_refused_before_any_earlier_stage_is_run(
+    finished: tuple[Path, Result], tmp_path: Path
+):
+    made = copied(finished, tmp_path)
+    shutil.rmtree(made.folder("graph"))
+    with pytest.raises(ArtifactError, match=r"scan\.entropy_weight=5\.0, but this run asks for 2"):
+        run_experiment(override(made, {"scan.entropy_weight": 2.0}))
+    assert not made.folder("graph").exists()
+
+
+def test_a_stage_built_from_other_images_is_refused(finished: tuple[Path, Result], tmp_path: Path):
+    made = copied(finished, tmp_path)
+    shutil.rmtree(made.folder("ingest"))
+    write_shapes(tmp_path / "others", 40, size=16, seed=1)
+    others = override(made, {"ingest.source": str(tmp_path / "others")})
+    run_experiment(others, only=["ingest"])
+    with pytest.raises(ArtifactError, match="pretext was built from another corpus"):
+        run_experiment(others)
+
+
+def test_a_deleted_stage_is_made_again_and_later_ones_stay(
+    finished: tuple[Path, Result], tmp_path: Path
+):
+    made = copied(finished, tmp_path)
+    shutil.rmtree(made.folder("embed"))
+    planned = {step.stage: step.state for step in plan_experiment(made).steps}
+    assert [stage for stage, state in planned.items() if state == "run"] == ["embed"]
+    scan = times(made.folder("scan"))
+    run_experiment(made)
+    assert read_done(made.folder("embed")).stage == "embed"
+    assert times(made.folder("scan")) == scan
+
+
+def test_until_and_only_choose_the_stages(tmp_path: Path):
+    write_shapes(tmp_path / "photos", 40, size=16)
+    made = build(Experiment, tiny(tmp_path))
+    with pytest.raises(ArtifactError, match=r"embed reads .*ingest, which has not finished"):
+        run_experiment(made, only=["embed"])
+    run_experiment(made, until="pretext")
+    assert sorted(p.parent.name for p in made.out.glob("*/done.json")) == ["ingest", "pretext"]
+    run_experiment(made, only=["embed"])
+    assert (made.folder("embed") / "done.json").exists()
+    states = {step.stage: step.state for step in plan_experiment(made, only=["graph"]).steps}
+    assert states["graph"] == "run"
+    assert {states[s] for s in STAGES if s != "graph"} == {"left out"}
+    with pytest.raises(ConfigError, match=r"has no stage `scan`\. It has: ingest, pretext"):
+        run_experiment(override(made, dict.fromkeys(STAGES[2:])), until="scan")
+
+
+def test_without_labels_everything_runs_and_the_probe_is_left_out(tmp_path: Path):
+    write_shapes(tmp_path / "photos", 40, size=16)
+    made = override(build(Experiment, tiny(tmp_path)), {"ingest.labels": "none", "selflabel": None})
+    result = run_experiment(made)
+    assert not (made.folder("probe") / "done.json").exists()
+    metrics = json.loads((made.folder("evaluate") / "metrics.json").read_text())
+    assert "accuracy" not in metrics
+    assert metrics["num_labelled"] == 0
+    assert result.pseudo_labels is not None
+
+
+def test_the_seed_of_an_experiment_is_added_to_every_stages_own():
+    values = tiny(Path("x")) | {"seed": 3}
+    values["scan"] = {**values["scan"], "seed": 10}
+    made = seeded(build(Experiment, values))
+    assert made.pretext and made.scan and made.graph
+    assert (made.pretext.seed, made.scan.seed, made.graph.seed) == (3, 13, 3)
+    assert seeded(made) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"graph": None}, "scan needs graph: add the key `graph: {}`"),
+        ({"scan.num_neighbors": 6}, "scan.num_neighbors=6 is more than the graph.k=5"),
+        ({"ingest.source": None}, "ingest.source is required"),
+        (dict.fromkeys(STAGES), "give at least one stage"),
+        ({"pretext.method": {"name": "moco", "queue_size": 100}}, "queue_size=100 must be"),
+        ({"embed.batch": 3}, "Unknown key `embed.batch`: did you mean `batch_size`?"),
+    ],
+)
+def test_a_mistake_between_stages_is_found_when_the_config_is_made(
+    changes: dict[str, Any], says: str
+):
+    made = build(Experiment, tiny(Path("x")))
+    with pytest.raises(ConfigError) as caught:
+        override(made, changes)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"pretext.batch_size": 41}, r"pretext.batch_size=41, but there are only 40 images"),
+        ({"graph.k": 40}, r"graph.k=40, but there are only 40 images"),
+        ({"ingest.source": "nowhere"}, "There is no source nowhere"),
+    ],
+)
+def test_what_the_images_do_not_allow_is_refused_before_a_folder_is_made(
+    tmp_path: Path, changes: dict[str, Any], says: str
+):
+    write_shapes(tmp_path / "photos", 40, size=16)
+    made = override(build(Experiment, tiny(tmp_path)), changes)
+    with pytest.raises((ConfigError, ArtifactError), match=says):
+        run_experiment(made)
+    assert not made.out.exists()
+
+
+def test_planning_writes_nothing_and_costs_every_stage(tmp_path: Path):
+    write_shapes(tmp_path / "photos", 40, size=16)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path)))
+    before = times(tmp_path)
+    made = plan(tmp_path / "tiny.yaml", {"scan.epochs": 2}, until="scan")
+    assert times(tmp_path) == before
+    assert made.num_images == 40
+    assert made.to_run == ("ingest", "pretext", "embed", "graph", "scan")
+    costs = {step.stage: step.cost for step in made.steps}
+    assert all(costs[stage].memory_bytes and costs[stage].disk_bytes for stage in made.to_run)
+    once, twice = costs["pretext"].seconds, costs["scan"].seconds
+    assert once and twice and 1.2 < twice / once < 5, "two epochs cost more than one"
+    assert "2 epochs" in made.text()
+
+
+def test_the_disk_estimates_are_near_what_the_stages_leave(
+    finished: tuple[Path, Result], tmp_path: Path
+):
+    folder, result = finished
+    made = plan(folder / "tiny.yaml", {"out": str(tmp_path / "new")})
+    found = {step.stage: step.cost.disk_bytes or 0 for step in made.steps}
+    for stage, pattern in {"ingest": "shards/*", "embed": "rows/*.npy", "graph": "*/*.npy"}.items():
+        left = sum(path.stat().st_size for path in (result.out / stage).glob(pattern))
+        assert found[stage] == pytest.approx(left, rel=0.35), stage
+
+
+def test_an_interrupted_stage_is_planned_with_the_rate_it_had(
+    finished: tuple[Path, Result], tmp_path: Path
+):
+    made = copied(finished, tmp_path)
+    (made.folder("pretext") / "done.json").unlink()
+    lines = [{"step": step, "images_per_s": 8.0} for step in (1, 2, 3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (made.folder("pretext") / "metrics.jsonl").write_text(text)
+    step = {step.stage: step for step in plan_experiment(made).steps}["pretext"]
+    assert (step.state, step.cost.seconds) == ("continue", 32 / 8.0)  # 2 batches of 16
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiply_adds"),
+    # torchvision's documentation: parameters less the classifier's, GFLOPS counted as
+    # multiply-adds of one 224-pixel image, classifier included (below 0.1 % of it).
+    [("resnet18", 11_176_512, 1.814e9), ("resnet50", 23_508_032, 4.089e9)],
+)
+def test_the_size_of_a_network_is_what_torchvision_documents(
+    name: Any, parameters: int, multiply_adds: float
+):
+    found = network(ResNetConfig(name=name, stem="imagenet"), 224)
+    assert found.parameters == parameters
+    assert found.flops == pytest.approx(2 * multiply_adds, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (None, ""),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (12_345_678, "12 MB"),
+        (3e12, "3.0 TB"),
+    ],
+)
+def test_bytes_are_written_as_people_do(num_bytes: Any, text: str):
+    assert size(num_bytes) == text
