@@ -51,7 +51,9 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 class Ours:
     """Our search over a stored array, in this process or with actors that are started once."""
 
-    def __init__(self, folder: Path, rows: np.ndarray, *, k: int, workers: int) -> None:
+    def __init__(
+        self, folder: Path, rows: np.ndarray, *, k: int, workers: int, cpus: int = 1
+    ) -> None:
         from selfsup_ray.artifacts import ShardedArray
         from selfsup_ray.cluster.neighbors import Search
         from selfsup_ray.config import Resources
@@ -64,7 +66,7 @@ class Ours:
         )
         for i, a in enumerate(cuts):
             self.array.write_shard(i, rows[a : a + 10_000])
-        self.search = Search(self.array, Resources(workers=workers))
+        self.search = Search(self.array, Resources(workers=workers, cpus=cpus))
         self.search.search(rows[:32], k)  # every actor has read its rows
 
     def lists(self) -> np.ndarray:
@@ -97,7 +99,9 @@ def main() -> None:
     faiss.omp_set_num_threads(args.workers)
     rows = made_rows(args.images, args.dim, seed=0)
     with tempfile.TemporaryDirectory() as folder, session(num_cpus=args.workers):
-        start_0, here = timed(lambda: Ours(Path(folder, "0"), rows, k=args.k, workers=0))
+        start_0, here = timed(
+            lambda: Ours(Path(folder, "0"), rows, k=args.k, workers=0, cpus=args.workers)
+        )
         start_n, actors = timed(
             lambda: Ours(Path(folder, "n"), rows, k=args.k, workers=args.workers)
         )

@@ -30,9 +30,9 @@ _IN_FLIGHT = 3  # query shards submitted at once: every actor always has a call 
 class Search:
     """Top-k search over the rows of an (N, d) array, for its own rows and for new ones.
 
-    workers 0: one index in this process. workers >= 1: that many actors, each with an equal range
-    of rows; one that dies is restarted, reads its rows again and answers the calls it missed.
-    Use as a context manager: the actors end with the block.
+    workers 0: one index in this process, on `cpus` threads. workers >= 1: that many actors, each
+    with an equal range of rows; one that dies is restarted, reads its rows again and answers the
+    calls it missed. Use as a context manager: the actors end with the block.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class Search:
         self.array = array
         n = len(array) if only is None else len(np.load(only, mmap_mode="r"))
         bounds = np.linspace(0, n, max(1, resources.workers) + 1).astype(np.int64)
+        threads = max(1, int(resources.cpus))
         self.local: IndexShard | None = None
         self.actors: list[Any] = []
         if resources.workers == 0:
-            self.local = IndexShard(array.path, start=0, stop=n, only=only)
+            self.local = IndexShard(array.path, start=0, stop=n, only=only, threads=threads)
             return
         connect()
         require_resources(resources, stage=stage)

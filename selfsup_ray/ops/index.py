@@ -65,8 +65,14 @@ class IndexShard:
         return self.flat.search(queries, k)
 
     def search_stored(self, path: Path, start: int, stop: int, k: int) -> Neighbors:
-        """Return `search` of rows [start, stop) of a stored array: a path travels, not the rows."""
-        return self.flat.search(ShardedArray.open(path).rows(np.arange(start, stop)), k)
+        """Return `search` of rows [start, stop) of a stored array: a path travels, not the rows.
+
+        Raises ArtifactError when a row is not finite.
+        """
+        ids = np.arange(start, stop)
+        queries = ShardedArray.open(path).rows(ids)
+        _finite_norms(queries, path, ids)
+        return self.flat.search(queries, k)
 
 
 class FlatIndex:
@@ -225,12 +231,17 @@ def _read(array: ShardedArray, ids: Array, *, into: Array) -> float:
         part = ids[i : i + _ROWS_READ]
         rows = into[i : i + len(part)]
         rows[:] = array.rows(part)
-        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
-        if not np.isfinite(norms).all():
-            raise ArtifactError(
-                f"{array.path} holds a number that is not finite in row "
-                f"{part[~np.isfinite(norms)][0]}. Look at the encoder's training for divergence, "
-                f"then embed again."
-            )
+        norms = _finite_norms(rows, array.path, part)
         largest = max(largest, float(norms.max()))
     return largest
+
+
+def _finite_norms(rows: Array, path: Path, ids: Array) -> Array:
+    """Return the lengths (n,) of rows. Raises ArtifactError naming the first that is not finite."""
+    norms: Array = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    if not np.isfinite(norms).all():
+        raise ArtifactError(
+            f"{path} holds a number that is not finite in row {ids[~np.isfinite(norms)][0]}. "
+            f"Look at the encoder's training for divergence, then embed again."
+        )
+    return norms

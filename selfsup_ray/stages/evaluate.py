@@ -34,7 +34,7 @@ from selfsup_ray.config import (
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.metrics import cluster_accuracy
-from selfsup_ray.stages.graph import Features, Graph, Labels, label_array
+from selfsup_ray.stages.graph import Features, Graph, Labels, as_integers, label_array
 from selfsup_ray.stages.scores import (
     Baseline,
     Clusters,
@@ -47,6 +47,9 @@ from selfsup_ray.stages.scores import (
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+MOST_CELLS = 2**28
+"""Of the table of clusters by classes: 2 GB."""
 
 
 @config
@@ -147,9 +150,14 @@ def evaluate(
     scores: probabilities (N, K), embeddings, graph, corpus (class names, k-means on pixels).
     """
     config = config or EvaluateConfig()
-    ids = np.asarray(assignments).astype(np.int64)
+    ids = as_integers(assignments, name="assignments")
     num_clusters = int(ids.max(initial=0)) + 1
     if probabilities is not None:
+        if num_clusters > probabilities.shape[1]:
+            raise ConfigError(
+                f"evaluate: cluster {num_clusters - 1} is assigned, but the probabilities are of "
+                f"{probabilities.shape[1]} clusters. Give both from the same clustering."
+            )
         num_clusters = int(probabilities.shape[1])
     clusters = {"clusters": Clusters(ids, num_clusters, probabilities)}
     known = None if labels is None else label_array(labels)
@@ -194,6 +202,7 @@ def _evaluate(
     tracker: Tracker | None,
 ) -> Evaluation:
     _require_inputs(config, evidence)
+    _require_small_table(clusters, evidence)
     if out is None:
         return Evaluation(*_scores(clusters, evidence, config))
     out, began = Path(out), time.monotonic()
@@ -308,6 +317,15 @@ def _require_inputs(config: EvaluateConfig, evidence: Evidence) -> None:
                 f"`evaluate.baselines` has {kind!r}, which needs `{name}`. Give it, or take "
                 f"{kind!r} out."
             )
+
+
+def _require_small_table(clusters: Mapping[str, Clusters], evidence: Evidence) -> None:
+    most = max((one.num_clusters for one in clusters.values()), default=1)
+    if most * evidence.num_classes > MOST_CELLS:
+        raise ConfigError(
+            f"evaluate: {most:,} clusters by labels up to {evidence.num_classes - 1:,} make too "
+            f"large a table. Number the classes from 0 on without gaps."
+        )
 
 
 def _given(evidence: Evidence, features: Features | None) -> dict[str, str]:

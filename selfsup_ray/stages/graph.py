@@ -119,10 +119,18 @@ class Graph:
 
 def label_array(labels: Labels) -> Array:
     """Return labels as (N,) int64. Raises ConfigError when they are not integers."""
-    values = np.asarray(labels() if callable(labels) else labels)
-    if values.dtype.kind not in "iu":
-        raise ConfigError(f"Labels must be integers, -1 for unknown, got {values.dtype}.")
-    return values.astype(np.int64)
+    return as_integers(labels() if callable(labels) else labels, name="labels")
+
+
+def as_integers(values: Array | Sequence[int] | ShardedArray, *, name: str) -> Array:
+    """Return (N,) values as int64. Raises ConfigError when they are not integers."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ConfigError(
+            f"`{name}` must be one integer per image, -1 for unknown; got {array.dtype} "
+            f"of shape {array.shape}."
+        )
+    return array.astype(np.int64)
 
 
 def build_graph(

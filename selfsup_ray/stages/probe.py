@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from selfsup_ray.tracking import Tracker
 log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 8192
+KEPT_BYTES = 2**31
+"""Rows up to this size are read once; more are read from disk in every iteration."""
 
 
 @config
@@ -230,6 +233,7 @@ def _fit(
         num_classes=int(labels.max()) + 1,
         l2=l2,
         max_iterations=config.max_iterations,
+        tolerance=1e-5,
         start=start,
         device="cuda" if config.resources.gpus else "cpu",
     )
@@ -238,10 +242,15 @@ def _fit(
 def _blocks(array: ShardedArray, labels: Array, ids: Array) -> Blocks:
     # Unit rows get entries of about 1, so that the same l2 means the same in every dimension.
     scale = np.float32(np.sqrt(array.shape[1]))
-    return lambda: (
-        (array.rows(part) * scale, labels[part])
-        for part in (ids[i : i + ROWS_AT_ONCE] for i in range(0, len(ids), ROWS_AT_ONCE))
-    )
+    parts = [ids[i : i + ROWS_AT_ONCE] for i in range(0, len(ids), ROWS_AT_ONCE)]
+
+    def read() -> Iterator[tuple[Array, Array]]:
+        return ((array.rows(part) * scale, labels[part]) for part in parts)
+
+    if len(ids) * array.shape[1] * 4 > KEPT_BYTES:
+        return read
+    kept = list(read())
+    return lambda: kept
 
 
 def _correct(array: ShardedArray, labels: Array, ids: Array, found: LinearClassifier) -> Tally:

@@ -151,6 +151,17 @@ def test_rows_that_are_not_finite_are_named_by_an_actor(tmp_path: Path, ray_sess
         list(search.write_lists(ids, similarity))
 
 
+def test_the_actors_end_with_the_search(tmp_path: Path, ray_session: None):
+    import ray
+
+    array = stored(tmp_path / "rows", unit_rows(40), [40])
+    with Search(array, Resources(workers=1)) as search:
+        (actor,) = search.actors
+        search.search(unit_rows(2), K)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.search.remote(unit_rows(2), K), timeout=60)
+
+
 def test_more_actors_than_the_cluster_has_cpus_are_refused_at_once(
     tmp_path: Path, ray_session: None
 ):

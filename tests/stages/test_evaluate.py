@@ -297,8 +297,14 @@ def test_inputs_of_another_corpus_are_named(world: World):
         evaluate(world.clusters, world.labels[:7])
     with pytest.raises(ConfigError, match="100 images to judge, but graph has 240 rows"):
         evaluate(world.clusters[:100], graph=world.graph)
-    with pytest.raises(ConfigError, match="Labels must be integers"):
+    with pytest.raises(ConfigError, match=r"`labels` must be one integer per image.*float64"):
         evaluate(world.clusters, world.labels / 2)
+    with pytest.raises(ConfigError, match=r"`assignments` must be one integer.*shape \(240, 4\)"):
+        evaluate(world.probabilities, world.labels)
+    with pytest.raises(ConfigError, match=r"cluster 3 is assigned.*of 2 clusters"):
+        evaluate(world.clusters, probabilities=world.probabilities[:, :2])
+    with pytest.raises(ConfigError, match="Number the classes from 0 on"):
+        evaluate(world.clusters, world.labels + 10**9)
 
 
 @dataclass(frozen=True)
