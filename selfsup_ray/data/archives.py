@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from selfsup_ray.data.images import ImageError, Reason, too_many_bytes
-from selfsup_ray.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, is_candidate, suffix_of
+from selfsup_ray.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, folder_of, is_candidate, suffix_of
 from selfsup_ray.data.listing import Item, shown
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -30,7 +29,7 @@ _ENCRYPTED = 0x1
 _MAX_SIDECAR_BYTES = 1_000_000
 
 
-def broken(source: str, path: Path, error: Exception) -> Item:
+def broken(source: str, path: str, error: Exception) -> Item:
     """Return the item that accounts for an archive or table whose content cannot be listed."""
     detail = f"{type(error).__name__}: {error}"
     match error:
@@ -40,13 +39,13 @@ def broken(source: str, path: Path, error: Exception) -> Item:
             reason = "permission"
         case _:
             reason = "truncated" if "end of" in str(error) else "unreadable"
-    return Item(source, str(path), "bad", reason=reason, detail=detail)
+    return Item(source, path, "bad", reason=reason, detail=detail)
 
 
 # Tar.
 
 
-def tar_items(path: Path, source: str, *, label_key: str, skipped: Counter[str]) -> Iterator[Item]:
+def tar_items(path: str, source: str, *, label_key: str, skipped: Counter[str]) -> Iterator[Item]:
     """Yield the images of a tar file in its order, plain or compressed.
 
     WebDataset's samples are understood: files with one name up to the first dot belong together,
@@ -58,33 +57,32 @@ def tar_items(path: Path, source: str, *, label_key: str, skipped: Counter[str])
         yield from _labelled(list(sample), label_key)
 
 
-def _parts(path: Path, source: str, skipped: Counter[str]) -> Iterator[tuple[Item, bytes | None]]:
+def _parts(path: str, source: str, skipped: Counter[str]) -> Iterator[tuple[Item, bytes | None]]:
     """Yield (image, None) and (sidecar, its bytes), and last what is wrong with the archive."""
     try:
         with tarfile.open(path, "r:*") as tar:
             yield from _members(tar, path, source, skipped)
             lost = _lost_tail(tar)
         if lost:
-            yield Item(source, str(path), "bad", reason="corrupt", detail=lost), None
+            yield Item(source, path, "bad", reason="corrupt", detail=lost), None
     except _BROKEN as error:
         yield broken(source, path, error), None
 
 
 def _members(
-    tar: tarfile.TarFile, path: Path, source: str, skipped: Counter[str]
+    tar: tarfile.TarFile, path: str, source: str, skipped: Counter[str]
 ) -> Iterator[tuple[Item, bytes | None]]:
     # Sidecars are read while passing over them: going back would unpack a .tar.gz from its start.
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # or a large archive's headers would fill the memory
-        name = shown(member.name)
-        folder = str(PurePosixPath(name).parent)
+        name = shown(member.name).removeprefix("./")  # as `tar cf x.tar .` writes them
         item = Item(
             f"{source}/{name}",
-            str(path),
+            path,
             "tar",
             offset=member.offset_data,
             size=member.size,
-            folder="" if folder == "." else folder,
+            folder=folder_of(name),
         )
         if member.isfile() and suffix_of(name) in (".cls", ".json"):
             yield item, _head(tar, member, _MAX_SIDECAR_BYTES)
@@ -148,7 +146,7 @@ def _lost_tail(tar: tarfile.TarFile) -> str | None:
 # Zip.
 
 
-def zip_items(path: Path, source: str, *, skipped: Counter[str]) -> Iterator[Item]:
+def zip_items(path: str, source: str, *, skipped: Counter[str]) -> Iterator[Item]:
     """Yield the images of a zip file by name; its directory is read, no member is unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -161,18 +159,17 @@ def zip_items(path: Path, source: str, *, skipped: Counter[str]) -> Iterator[Ite
         yield broken(source, path, error)
 
 
-def _zip_item(info: zipfile.ZipInfo, path: Path, source: str) -> Item:
+def _zip_item(info: zipfile.ZipInfo, path: str, source: str) -> Item:
     name = shown(info.filename)
-    folder = str(PurePosixPath(name).parent)
     item = Item(
         f"{source}/{name}",
-        str(path),
+        path,
         "zip-deflate" if info.compress_type == zipfile.ZIP_DEFLATED else "zip-stored",
         offset=info.header_offset,
         size=info.file_size,
         packed=info.compress_size,
         crc=info.CRC,
-        folder="" if folder == "." else folder,
+        folder=folder_of(name),
     )
     if info.flag_bits & _ENCRYPTED:
         return replace(item, method="bad", reason="unsupported", detail="encrypted zip member")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable
-from pathlib import PurePosixPath
 
 from selfsup_ray.data.formats import SUFFIX_FORMATS, signature
 
-IMAGE_SUFFIXES = frozenset(SUFFIX_FORMATS) | {".heic", ".heif", ".jxl", ".svg", ".tga"}
+IMAGE_SUFFIXES = frozenset(SUFFIX_FORMATS) | {".heic", ".heif", ".jxl", ".svg"}
 # What usually lies beside images; everything else of unknown suffix is looked into.
 SIDE_SUFFIXES = frozenset(
     ".cls .csv .gz .h5 .html .json .jsonl .log .mat .md .npy .npz .parquet .pdf .pkl .pt .py "
@@ -17,14 +17,23 @@ SIDE_SUFFIXES = frozenset(
 HEAD_BYTES = 16
 
 
+# String functions, not pathlib: these run for every file of a source, and are ten times faster.
+
+
 def suffix_of(name: str) -> str:
     """Return the lower-case suffix of a path, "" when it has none."""
-    return PurePosixPath(name).suffix.lower()
+    return posixpath.splitext(name)[1].lower()
+
+
+def folder_of(name: str) -> str:
+    """Return the folder of a path, "" for the top."""
+    folder = posixpath.normpath(posixpath.dirname(name))
+    return "" if folder == "." else folder
 
 
 def is_hidden(name: str) -> bool:
     """Return whether a path has a part that systems hide: `.name`, or macOS's `__MACOSX`."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    return "/." in f"/{name.removeprefix('./')}" or "__MACOSX" in name
 
 
 def is_candidate(name: str, head: Callable[[], bytes], skipped: Counter[str]) -> bool:

@@ -11,6 +11,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -33,6 +34,7 @@ from selfsup_ray.data.tables import Columns, csv_manifest, holds_images, parquet
 from selfsup_ray.errors import ArtifactError
 
 MANIFEST_SUFFIXES = (".csv", ".tsv")
+_TAR_ENDS = frozenset(f".{suffix.rpartition('.')[2]}" for suffix in TAR_SUFFIXES)
 
 
 class Source:
@@ -64,15 +66,15 @@ class Source:
             yield from parquet_items(bundled_path(text), text, self.columns)
             return
         text = os.path.expanduser(text)
-        path = Path(text)
-        if path.is_dir():
-            yield from self._folder(path, text.rstrip("/"), "", (), wanted=None)
-        elif path.exists():
-            yield from self._given_file(path, text)
+        if os.path.isdir(text):
+            yield from self._folder(os.path.abspath(text), text.rstrip("/"), "", (), wanted=None)
+        elif os.path.exists(text):
+            yield from self._given_file(os.path.abspath(text), text)
         elif glob.has_magic(text):
             pattern = Pattern(text)
-            if pattern.root.is_dir():
-                yield from self._folder(pattern.root, pattern.fixed, "", (), wanted=pattern)
+            if os.path.isdir(pattern.root):
+                root = os.path.abspath(pattern.root)
+                yield from self._folder(root, pattern.fixed, "", (), wanted=pattern)
         else:
             raise ArtifactError(
                 f"There is no source {text}. Give a folder, a glob, a CSV or Parquet file, a tar "
@@ -87,19 +89,22 @@ class Source:
             f"file, or a tar or zip archive."
         )
 
-    def _given_file(self, path: Path, text: str) -> Iterator[Item]:
+    def _given_file(self, path: str, text: str) -> Iterator[Item]:
         """Yield what one named file holds: a manifest, a table, an archive, or one image."""
-        if suffix_of(path.name) in MANIFEST_SUFFIXES:
-            yield from csv_manifest(path, self.columns)
-        elif suffix_of(path.name) == ".parquet":
-            yield from parquet_items(path, text, self.columns)
+        if suffix_of(path) in MANIFEST_SUFFIXES:
+            yield from csv_manifest(Path(path), self.columns)
+        elif suffix_of(path) == ".parquet":
+            yield from parquet_items(Path(path), text, self.columns)
         else:
             yield from self._file(path, text, "")
 
     def _folder(
-        self, path: Path, name: str, folder: str, above: tuple[str, ...], *, wanted: Pattern | None
+        self, path: str, name: str, folder: str, above: tuple[str, ...], *, wanted: Pattern | None
     ) -> Iterator[Item]:
-        """Yield the wanted images below a folder, sorted by name at every level."""
+        """Yield the wanted images below a folder, sorted by name at every level.
+
+        path: absolute; name: as the user would write it; folder: below the source.
+        """
         real = os.path.realpath(path)
         if real in above:  # a symbolic link to a folder that it lies in
             self.skipped["looped links"] += 1
@@ -111,37 +116,37 @@ class Source:
             yield broken(shown(name), path, error)
             return
         for entry, is_folder in entries:
-            full = f"{name}/{entry}" if name else entry
+            full, inner = f"{name}/{entry}" if name else entry, f"{path}/{entry}"
             if is_hidden(entry):
                 self.skipped["hidden"] += 1
             elif is_folder and (wanted is None or wanted.may_lead_to(full)):
                 below = f"{folder}/{shown(entry)}".lstrip("/")
                 inside = None if wanted is None or wanted.matches(full) else wanted
-                yield from self._folder(path / entry, full, below, (*above, real), wanted=inside)
+                yield from self._folder(inner, full, below, (*above, real), wanted=inside)
             elif not is_folder and (wanted is None or wanted.matches(full)):
-                yield from self._file(path / entry, full, folder)
+                yield from self._file(inner, full, folder)
 
-    def _file(self, path: Path, name: str, folder: str) -> Iterator[Item]:
+    def _file(self, path: str, name: str, folder: str) -> Iterator[Item]:
         """Yield what a file inside a folder holds."""
-        source, lower, path = shown(name), path.name.lower(), path.absolute()
-        if lower.endswith(TAR_SUFFIXES):
+        source, suffix = shown(name), suffix_of(path)
+        if suffix in _TAR_ENDS and path.lower().endswith(TAR_SUFFIXES):
             items = tar_items(path, source, label_key=self.columns.label, skipped=self.skipped)
             yield from _below(items, folder)
-        elif lower.endswith(ZIP_SUFFIXES):
+        elif suffix in ZIP_SUFFIXES:
             yield from _below(zip_items(path, source, skipped=self.skipped), folder)
-        elif lower.endswith(".parquet"):
+        elif suffix == ".parquet":
             yield from self._table(path, source)
-        elif is_candidate(path.name, lambda: _head(path), self.skipped):
-            yield Item(source, str(path), folder=folder)
+        elif is_candidate(os.path.basename(path), partial(_head, path), self.skipped):
+            yield Item(source, path, folder=folder)
 
-    def _table(self, path: Path, source: str) -> Iterator[Item]:
+    def _table(self, path: str, source: str) -> Iterator[Item]:
         try:
-            images = holds_images(path, self.columns)
+            images = holds_images(Path(path), self.columns)
         except (OSError, pa.ArrowInvalid) as error:
             yield broken(source, path, error)
             return
         if images:
-            yield from parquet_items(path, source, self.columns)
+            yield from parquet_items(Path(path), source, self.columns)
         else:
             self.skipped[".parquet without images"] += 1
 
@@ -153,7 +158,7 @@ class Pattern:
         self.parts = text.split("/")
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), self.parts)
         self.fixed = "/".join(fixed)
-        self.root = Path(self.fixed or ("/" if text.startswith("/") else "."))
+        self.root = self.fixed or ("/" if text.startswith("/") else ".")
 
     def matches(self, name: str) -> bool:
         """Return whether a whole path matches."""
@@ -200,13 +205,16 @@ def expand_braces(text: str) -> list[str]:
 
 def _below(items: Iterable[Item], folder: str) -> Iterator[Item]:
     """Yield an archive's items with its own folder before theirs."""
+    if not folder:
+        yield from items
+        return
     for item in items:
         yield replace(item, folder=f"{folder}/{item.folder}".strip("/"))
 
 
-def _head(path: Path) -> bytes:
+def _head(path: str) -> bytes:
     try:
-        if not path.is_file():  # a pipe would never end
+        if not os.path.isfile(path):  # a pipe would never end
             return b""
         with open(path, "rb") as file:
             return file.read(HEAD_BYTES)

@@ -8,13 +8,14 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selfsup_ray.data.images import ImageError
+from selfsup_ray.data.kinds import folder_of
 from selfsup_ray.data.listing import Item
 from selfsup_ray.errors import ArtifactError
 
@@ -77,11 +78,10 @@ def csv_manifest(path: Path, columns: Columns) -> Iterator[Item]:
 
 
 def _named_file(manifest: Path, name: str, label: Any, class_name: Any) -> Item:
-    folder = str(PurePosixPath(name).parent)
     return Item(
         name,
         str(manifest.parent.absolute() / name),
-        folder="" if folder == "." else folder,
+        folder=folder_of(name),
         label=label_text(label),
         class_name=label_text(class_name),
     )
@@ -119,7 +119,7 @@ def parquet_items(path: Path, source: str, columns: Columns) -> Iterator[Item]:
             )
             for name, label, class_name in zip(paths, labels, class_names, strict=True):
                 if has_images:
-                    yield _row_item(path, source, row, name, label, class_name)
+                    yield _row_item(str(path), source, row, name, label, class_name)
                 else:
                     yield _named_file(path, str(name or ""), label, class_name)
                 row += 1
@@ -134,15 +134,14 @@ def _batches(file: pq.ParquetFile, wanted: list[str]) -> Iterator[pa.RecordBatch
         yield pa.record_batch([pa.nulls(rows)], names=["none"])
 
 
-def _row_item(path: Path, source: str, row: int, name: Any, label: Any, class_name: Any) -> Item:
+def _row_item(path: str, source: str, row: int, name: Any, label: Any, class_name: Any) -> Item:
     known_as = str(name) if name else f"{source}#{row}"
-    folder = str(PurePosixPath(str(name)).parent) if name else ""
     return Item(
         known_as,
-        str(path),
+        path,
         "row",
         offset=row,
-        folder="" if folder == "." else folder,
+        folder=folder_of(known_as) if name else "",
         label=label_text(label),
         class_name=label_text(class_name),
     )

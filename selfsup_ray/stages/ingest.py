@@ -66,8 +66,11 @@ class IngestConfig:
     classes: Path | None = None
     """Keep only these classes: a file with one line per class, its folder name or label first."""
     path_column: str = "path"
+    """Column of a manifest or of `labels_csv` that names an image."""
     label_column: str = "label"
+    """Column of a table or of `labels_csv`, or key of WebDataset's .json, that holds a label."""
     image_column: str = "image"
+    """Column of a Parquet file that holds the bytes of an image."""
     shard_size: Positive = 2048
     """Images per shard, less the bad ones: the unit of work, held in memory by one task."""
     max_bad_share: Share = 0.05
@@ -101,10 +104,12 @@ def ingest(
     source: see `IngestConfig.source`, which it replaces. Every image gets an id 0..N-1, the same
     on every rerun and with any number of workers. Files that are no right image are listed with
     a reason in quarantine.csv, exact duplicates in duplicates.csv. Shards that an interrupted run
-    wrote are kept. Raises ArtifactError when nothing is found or too much of it is bad.
+    wrote are kept; a finished corpus is not compared with its source again. Raises ArtifactError
+    when nothing is found or too much of it is bad.
     """
     config, out, began = _complete(source, config or IngestConfig()), Path(out), time.monotonic()
-    if begin(out, stage="ingest", config=config, inputs={}):
+    inputs = _inputs(config)
+    if begin(out, stage="ingest", config=config, inputs=inputs):
         log.info("ingest: %s is current", out)
         return Corpus.open(out)
     listing, table = _listed(config, out)
@@ -113,7 +118,7 @@ def ingest(
     total = _write_shards(writer, listing, config)
     facts = _finish_tables(writer, listing, config, total)
     seconds = time.monotonic() - began
-    finish(out, stage="ingest", config=config, inputs={}, seconds=seconds, facts=facts)
+    finish(out, stage="ingest", config=config, inputs=inputs, seconds=seconds, facts=facts)
     corpus = Corpus.open(out)
     counted = f"{len(corpus):,} of {len(listing):,}"
     log.info("ingest: %s files kept, %s, %.1f s", counted, _bad_text(total), seconds)
@@ -136,6 +141,19 @@ def _complete(
             "bundled:fashion-mnist."
         )
     return config
+
+
+def _inputs(config: IngestConfig) -> dict[str, str]:
+    """Return the hashes of the small files that say what images are. Raises ArtifactError."""
+    files = {"labels_csv": config.labels_csv, "classes": config.classes}
+    return {name: _content(path) for name, path in files.items() if path is not None}
+
+
+def _content(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}).") from None
 
 
 def _listed(config: IngestConfig, out: Path) -> tuple[Listing, LabelTable]:
@@ -281,4 +299,6 @@ def _finish_tables(
     )
     for folder in ("listing", "quarantine", "notes"):
         shutil.rmtree(out / folder, ignore_errors=True)
+    for half in (out / "shards").glob("*.tmp"):  # of a worker that was killed while writing
+        half.unlink()
     return counts | {"duplicate_groups": groups, "duplicates": extra}

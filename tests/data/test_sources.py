@@ -200,6 +200,11 @@ def test_tar_members_are_read_in_place(tmp_path, suffix, mode):
     assert [item.folder for item in listed(str(path))] == ["b", "a", "a", "", "a/x"]
 
 
+def test_a_tar_of_a_folder_names_its_members_without_the_dot(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {f"./{name}": data for name, data in CONTENT.items()})
+    assert below(path, contents(str(path))) == CONTENT
+
+
 def test_webdataset_labels_come_from_cls_and_json(tmp_path):
     image = CONTENT["c.png"]
     members = {

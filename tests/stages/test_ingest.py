@@ -107,7 +107,8 @@ def test_killed_at_any_moment_it_continues_to_the_same_corpus(tmp_path):
     assert {n: (out / "shards" / n).stat().st_mtime_ns for n in before} == before
     assert again.fingerprint == whole.fingerprint and shard_bytes(again) == shard_bytes(whole)
     assert table(out / "quarantine.csv") == table(whole.path / "quarantine.csv")
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.path.iterdir())
+    files = [sorted(str(p.relative_to(c.path)) for p in c.path.rglob("*")) for c in (again, whole)]
+    assert files[0] == files[1]  # no half-written file is left
 
 
 def test_too_many_bad_files_stop_the_run_and_a_higher_limit_continues_it(tmp_path):
@@ -186,6 +187,11 @@ def test_labels_may_cover_a_few_images_only(tmp_path):
     }
     assert named == {"00003": 0, "00005": 1} and corpus.class_names == ["login", "maps"]
     assert corpus.num_labelled == 2
+    (tmp_path / "topics.csv").write_text("screen_id,topic\n00003,news\n")
+    with pytest.raises(ArtifactError, match="built from another labels_csv"):
+        ingest(tmp_path / "screens", changes, out=tmp_path / "corpus")
+    with pytest.raises(ArtifactError, match=r"none\.csv cannot be read"):
+        ingest(tmp_path / "screens", config(labels_csv=tmp_path / "none.csv"), out=tmp_path / "x")
 
 
 def test_a_subset_of_classes_is_all_that_is_kept(tmp_path):
