@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -156,13 +156,19 @@ def plot_neighbor_ranks(
 
 
 def plot_confusion(
-    confusion: Array, ax: Axes, *, rows: Sequence[str], columns: Sequence[str]
+    confusion: Array,
+    ax: Axes,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    share_of: Literal["class", "cluster"],
 ) -> None:
-    """Classes (rows) by clusters (columns); shade is the share of the class, numbers are images.
+    """Classes (rows) by clusters (columns); numbers are images, the shade is a share.
 
     confusion: (C, K) counts, columns already in the order to draw.
     """
-    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axis = 1 if share_of == "class" else 0
+    share = confusion / np.maximum(confusion.sum(axis=axis, keepdims=True), 1)
     cells = np.zeros((*share.shape, 4))
     cells[..., :3] = np.array([0x2F, 0x6F, 0xB3]) / 255
     cells[..., 3] = np.sqrt(
@@ -180,7 +186,7 @@ def plot_confusion(
     ax.set_xticks(np.arange(len(few)), few)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set(xlabel="cluster, matched to its class", ylabel="class")
+    ax.set(xlabel="cluster, in the order of its class", ylabel="class")
 
 
 def plot_map(

@@ -8,10 +8,10 @@ from pathlib import Path
 from selfsup_ray.artifacts import read_json, write_text
 from selfsup_ray.report_clusters import (
     clusters_section,
-    confusion_section,
     map_section,
     neighbors_section,
 )
+from selfsup_ray.report_confusion import confusion_section
 from selfsup_ray.report_html import Section, page
 from selfsup_ray.report_run import Run
 from selfsup_ray.report_scores import scores_section

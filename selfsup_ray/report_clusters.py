@@ -1,4 +1,4 @@
-"""Sections of the report that show images: clusters, confusion, neighbors, the map."""
+"""Sections of the report that show images: clusters, neighbors, the map."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 
 from selfsup_ray import plots
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.ops.metrics import cluster_accuracy
-from selfsup_ray.report_html import Section, figures, paragraph, percent, table
+from selfsup_ray.report_html import Section, figures, paragraph, percent
 from selfsup_ray.report_images import Sheet, map_picture, place, sheet_size, thumb, thumbnails
 from selfsup_ray.report_run import Clusters, Run, map_positions, sample_ids
 
@@ -27,8 +26,6 @@ STRIPS, STRIP_NEIGHBORS = 10, 10
 """Images shown with their neighbors, and neighbors shown of each."""
 MOST_NAMED = 30
 """Groups whose names are written on a map; more would cover it."""
-MOST_CELLS = 1_000
-"""Classes and clusters of a drawn confusion matrix; more would be finer than a screen."""
 
 
 def clusters_section(run: Run) -> Section | str:
@@ -68,7 +65,7 @@ def _sheets(run: Run, corpus: Corpus, clusters: Clusters) -> str:
         "Of every cluster, largest first: the images it is most sure of, and those it is least "
         "sure of. Point at an image for its id, probability and source."
     )
-    if len(shown) == MOST_SHEETS:
+    if len(shown) < int((clusters.sizes > 0).sum()):
         text = text.replace("every cluster", f"the {MOST_SHEETS:,} largest clusters")
     if clusters.classes is not None:
         text += " Purity: share of the cluster's most frequent class; a cross: another class."
@@ -133,69 +130,6 @@ def _tiles(
         is_off = majority is not None and label >= 0 and label != majority[0]
         made.append(thumb(sheet, i, title=f"{title}\n{sources[i]}", is_off=is_off))
     return made
-
-
-def confusion_section(run: Run) -> Section | str:
-    """Classes against clusters, each cluster below the class it is matched to."""
-    if run.clusters is None:
-        return "No confusion matrix: there are no clusters."
-    if run.clusters.classes is None or not run.clusters.classes.sum():
-        return (
-            "No confusion matrix: no clustered image has a label. Labels are never needed; "
-            "given to ingest, they are used for evaluation only."
-        )
-    counts = run.clusters.classes
-    score = cluster_accuracy(counts)
-    names = run.class_names
-    order = _columns(counts, score.class_of)
-    lead = (
-        f"{counts.sum():,} labelled images. Rows are classes; columns are clusters, in the order "
-        f"of the classes they are matched to one to one (Hungarian method; accuracy "
-        f"{score.one_to_one:.3f}). Shade: share of the class."
-    )
-    body = paragraph(lead)
-    if max(counts.shape) <= MOST_CELLS:
-        body += _drawn_confusion(counts, order, names)
-    else:
-        body += paragraph("Too many classes or clusters to draw; the largest confusions follow.")
-    return Section(
-        "confusion", "Classes and clusters", body + _largest(counts, score.class_of, names)
-    )
-
-
-def _drawn_confusion(counts: Array, order: Array, names: list[str]) -> str:
-    num_clusters, num_classes = counts.shape
-    width = float(np.clip(2.0 + 0.52 * num_clusters, 4.5, 11))
-    height = float(np.clip(1.0 + 0.34 * num_classes, 2.2, 9))
-    columns = [str(cluster) for cluster in order]
-    draw = partial(plots.plot_confusion, counts[order].T, rows=names, columns=columns)
-    drawn = plots.svg(draw, width=width, height=height, label="confusion matrix")
-    return f'<figure class="scroll">{drawn}</figure>'
-
-
-def _columns(counts: Array, class_of: Array) -> Array:
-    """Return the clusters in the order of their class; unmatched ones last, by majority class."""
-    place_of = np.where(class_of >= 0, class_of, counts.shape[1] + counts.argmax(axis=1))
-    return np.argsort(place_of, kind="stable")
-
-
-def _largest(counts: Array, class_of: Array, names: list[str], *, most: int = 10) -> str:
-    """Return the cells that cost the most accuracy, as a table."""
-    wrong = counts.copy()
-    matched = np.flatnonzero(class_of >= 0)
-    wrong[matched, class_of[matched]] = 0
-    cells = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    per_class = counts.sum(axis=0)
-    rows = []
-    for cluster, label in zip(*np.unravel_index(cells, counts.shape), strict=True):
-        if not (n := int(wrong[cluster, label])):
-            break
-        match = names[class_of[cluster]] if class_of[cluster] >= 0 else "no class"
-        rows.append((names[label], f"{cluster} ({match})", f"{n:,}", percent(n / per_class[label])))
-    if not rows:
-        return paragraph("Every labelled image is in the cluster of its class.")
-    head = ("class", "in cluster (matched to)", "images", "of the class")
-    return "<h3>Largest confusions</h3>" + table(head, rows, numeric=(2, 3))
 
 
 def neighbors_section(run: Run) -> Section | str:
@@ -322,9 +256,7 @@ def map_section(run: Run) -> Section | str:
         names = {c: run.class_of(c) for c in _to_name(labels)}
         draw = partial(plots.plot_map, xy, labels, names=names, title="by label", hues=labels)
         panels.append(plots.svg(draw, width=5.4, height=5.2, label="map by label"))
-        text += (
-            " A cluster has the colour of the class it is matched to." if len(panels) == 2 else ""
-        )
+        text += " A cluster has the colour of its class." if len(panels) == 2 else ""
     body = paragraph(text) + figures(panels)
     if run.corpus is not None:
         groups = hues[clusters] if clusters is not None else np.full(len(ids), -1)
@@ -338,8 +270,8 @@ def _cluster_hues(run: Run, ids: Array) -> tuple[Array | None, Array]:
         return None, np.empty(0, np.int64)
     clusters = run.clustering[1].assignments.rows(ids).astype(np.int64)
     hues = np.arange(len(run.clusters))
-    if run.clusters.classes is not None and run.clusters.classes.sum():
-        class_of = cluster_accuracy(run.clusters.classes).class_of
+    if (named := run.clusters.named) is not None:
+        class_of = named.class_of
         spare = len(run.class_names) + np.arange(len(hues))
         hues = np.where(class_of >= 0, class_of, spare)
     return clusters, hues

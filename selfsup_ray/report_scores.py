@@ -42,15 +42,15 @@ BASELINES = {"pixels": "k-means on pixels", "embeddings": "k-means on embeddings
 def headline_scores(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield (name, value, remark) of the scores that come first: with labels, or those without."""
     scores = _evaluated(run)
-    baseline = scores.get("baselines", {}).get("pixels", {})
-    compared = f"k-means on pixels {baseline['accuracy']:.3f}" if baseline else "Hungarian"
-    for key, name, remark in (
-        ("accuracy", "ACC", compared),
-        ("nmi", "NMI", ""),
-        ("ari", "ARI", ""),
-    ):
+    named = run.clusters.named if run.clusters is not None else None
+    is_many_to_one = named is not None and named.is_many_to_one
+    accuracy = "accuracy_many_to_one" if is_many_to_one else "accuracy"
+    remark = "many to one" if is_many_to_one else "one to one"
+    if accuracy in (baseline := scores.get("baselines", {}).get("pixels", {})):
+        remark += f"; k-means on pixels {baseline[accuracy]:.3f}"
+    for key, name, note in ((accuracy, "ACC", remark), ("nmi", "NMI", ""), ("ari", "ARI", "")):
         if key in scores:
-            yield name, f"{scores[key]:.3f}", remark
+            yield name, f"{scores[key]:.3f}", note
     free = scores.get("label_free", {})
     for key in () if "accuracy" in scores else FREE:
         if free.get(key) is not None:

@@ -294,6 +294,8 @@ def reproduce_section(run: Run) -> Section:
     """The experiment file and command that make this run again, and what each stage ran with."""
     body = paragraph("The same configuration gives the same run. Save it as experiment.yaml, then:")
     body += "<pre>selfsup-ray run experiment.yaml</pre>"
+    if run.stage("export") is not None:
+        body += paragraph("export/ holds what others need: weights and tables; see export/use.py.")
     body += details("experiment.yaml: every stage, defaults included", _experiment(run))
     body += "".join(
         details(

@@ -49,7 +49,8 @@ def test_neighbor_ranks_show_the_median_and_the_agreement(ax: Axes):
 
 def test_a_confusion_matrix_writes_the_counts_and_shades_by_the_share_of_the_class(ax: Axes):
     counts = np.array([[9, 0, 1], [2, 2, 0]])
-    plots.plot_confusion(counts, ax, rows=["cat", "dog"], columns=["4", "0", "2"])
+    names = {"rows": ["cat", "dog"], "columns": ["4", "0", "2"]}
+    plots.plot_confusion(counts, ax, **names, share_of="class")
     written = {text.get_position()[::-1]: int(text.get_text()) for text in ax.texts}
     assert written == {(0, 0): 9, (0, 2): 1, (1, 0): 2, (1, 1): 2}, "zeros stay empty"
     alpha = ax.images[0].get_array()[..., 3]
@@ -57,6 +58,14 @@ def test_a_confusion_matrix_writes_the_counts_and_shades_by_the_share_of_the_cla
         for j, count in enumerate(row):
             assert alpha[i, j] == pytest.approx((count / sum(row)) ** 0.5)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog"]
+
+
+def test_with_more_clusters_than_classes_the_shade_is_the_share_of_the_cluster(ax: Axes):
+    counts = np.array([[9, 0, 1], [3, 2, 0]])
+    names = {"rows": ["cat", "dog"], "columns": ["4", "0", "2"]}
+    plots.plot_confusion(counts, ax, **names, share_of="cluster")
+    alpha = ax.images[0].get_array()[..., 3]
+    np.testing.assert_allclose(alpha**2, [[0.75, 0, 1], [0.25, 1, 0]])
 
 
 def test_a_map_draws_every_image_in_its_group_s_hue_and_names_groups_at_their_median(ax: Axes):
@@ -100,7 +109,8 @@ def test_two_figures_on_a_page_share_no_identifier():
 
 def test_names_with_dollars_or_foreign_letters_are_written_as_they_are():
     names = ["$10 & $20", "靴", "<b>"]
-    draw = partial(plots.plot_confusion, np.eye(3, dtype=int), rows=names, columns=["0", "1", "2"])
+    given = {"rows": names, "columns": ["0", "1", "2"], "share_of": "class"}
+    draw = partial(plots.plot_confusion, np.eye(3, dtype=int), **given)
     text = plots.svg(draw, width=4, height=3, label="confusion")
     written = "".join(ElementTree.fromstring(text).itertext())
     assert all(name in written for name in names)

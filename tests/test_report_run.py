@@ -10,6 +10,7 @@ from selfsup_ray.artifacts import Array, ShardedArray
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.report_run import (
     CHUNK,
+    Clusters,
     Run,
     chunks,
     map_positions,
@@ -71,6 +72,22 @@ def test_a_cluster_smaller_than_the_sheet_lists_what_it_has(tmp_path: Path):
     assert found.most.tolist() == [[0, 2, -1], [1, -1, -1]]
     assert found.least.tolist() == [[2, 0, -1], [1, -1, -1]]
     assert found.classes is None and found.by_size.tolist() == [0, 1]
+
+
+def clusters_with(classes: Array) -> Clusters:
+    empty = np.zeros((len(classes), 0))
+    sizes = classes.sum(axis=1)
+    return Clusters(sizes, sizes, sizes, empty, empty, empty, empty, classes)
+
+
+def test_clusters_are_matched_one_to_one_and_many_to_one_when_they_outnumber_the_classes():
+    square = clusters_with(np.array([[5, 4], [6, 0]])).named
+    assert square is not None and not square.is_many_to_one
+    assert square.class_of.tolist() == [1, 0] and square.accuracy == 10 / 15
+    wide = clusters_with(np.array([[5, 4], [6, 0], [1, 3], [0, 0]])).named
+    assert wide is not None and wide.is_many_to_one
+    assert wide.class_of.tolist() == [0, 0, 1, -1] and wide.accuracy == 14 / 19
+    assert clusters_with(np.zeros((3, 2), np.int64)).named is None
 
 
 def test_chunks_cover_every_id_once():
