@@ -34,10 +34,6 @@ class Neighbors:
         """Entries in each list."""
         return int(self.ids.shape[1])
 
-    def first(self, k: int) -> Neighbors:
-        """Return the best k entries of each list."""
-        return Neighbors(self.ids[:, :k], self.similarity[:, :k])
-
 
 def pair_similarity(queries: Array, rows: Array) -> Array:
     """Return the (n, m) float32 similarity of queries (n, d) to their own rows (n, m, d).
