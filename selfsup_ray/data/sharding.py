@@ -46,7 +46,7 @@ class ShardFacts:
     """Quarantined files by reason code."""
     notes: dict[str, int] = field(default_factory=dict)
     content: str = ""
-    """Hash over digests, labels and sizes."""
+    """Hash over digests and labels."""
 
     @property
     def quarantined(self) -> int:

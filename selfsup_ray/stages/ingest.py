@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from selfsup_ray.data.decode import Fit
 from selfsup_ray.data.duplicates import write_duplicates
 from selfsup_ray.data.images import MAX_PIXELS
 from selfsup_ray.data.labels import LabelFile, Labels, LabelTable, Subset, label_table
-from selfsup_ray.data.listing import Listing, write_listing
+from selfsup_ray.data.listing import Item, Listing, write_listing
 from selfsup_ray.data.shard_files import Encoding, write_manifest
 from selfsup_ray.data.sharding import (
     NOTES_COLUMNS,
@@ -34,7 +34,7 @@ from selfsup_ray.data.sharding import (
 from selfsup_ray.data.sources import Source
 from selfsup_ray.data.tables import Columns
 from selfsup_ray.errors import ArtifactError, ConfigError
-from selfsup_ray.progress import track
+from selfsup_ray.progress import LINE_EVERY_S, track
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ def ingest(
     facts = _finish_tables(writer, listing, config, total)
     seconds = time.monotonic() - began
     finish(out, stage="ingest", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    _tidy(out)
     corpus = Corpus.open(out)
     counted = f"{len(corpus):,} of {len(listing):,}"
     log.info("ingest: %s files kept, %s, %.1f s", counted, _bad_text(total), seconds)
@@ -169,6 +170,7 @@ def _listed(config: IngestConfig, out: Path) -> tuple[Listing, LabelTable]:
         items = label_file.applied(items)
     if config.classes is not None:
         items = Subset(config.classes).applied(items, source.skipped)
+    items = _announced(items)
     listing = write_listing(path, items, shard_size=config.shard_size, skipped=source.skipped)
     if label_file is not None and label_file.num_unmatched:
         text = "%s: %d of its %d rows name no image of the source"
@@ -178,6 +180,16 @@ def _listed(config: IngestConfig, out: Path) -> tuple[Listing, LabelTable]:
     write_json(table_path, table.to_json())
     log.info("ingest: %s files listed in %d units", f"{len(listing):,}", listing.num_units)
     return listing, table
+
+
+def _announced(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items and say now and then how many there were: a large source takes minutes."""
+    spoke = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        if count % 1024 == 0 and time.monotonic() - spoke > LINE_EVERY_S:
+            spoke = time.monotonic()
+            log.info("ingest: %s files listed so far", f"{count:,}")
 
 
 def _writer(config: IngestConfig, out: Path, table: LabelTable) -> ShardWriter:
@@ -237,6 +249,9 @@ def _write_shards(writer: ShardWriter, listing: Listing, config: IngestConfig) -
             total.add(ShardFacts(**values))
             progress.advance(listing.unit_sizes[unit], note=_bad_text(total))
             _require_mostly_good(writer, listing, config, total)
+    if not total.kept:
+        path = _merge_quarantine(writer, listing)
+        raise ArtifactError(f"None of the {len(listing)} files is a right image; see {path}.")
     return total
 
 
@@ -297,8 +312,12 @@ def _finish_tables(
     groups, extra = write_duplicates(
         Corpus(out, read_json(out / "corpus.json"), fingerprint=""), out / "duplicates.csv"
     )
+    return counts | {"duplicate_groups": groups, "duplicates": extra}
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a restart would have needed; after the stamp, or a kill here would lose it."""
     for folder in ("listing", "quarantine", "notes"):
         shutil.rmtree(out / folder, ignore_errors=True)
     for half in (out / "shards").glob("*.tmp"):  # of a worker that was killed while writing
         half.unlink()
-    return counts | {"duplicate_groups": groups, "duplicates": extra}

@@ -224,6 +224,28 @@ def test_one_image_is_a_corpus_and_a_unit_may_be_all_bad(tmp_path):
     assert corpus.labels().tolist() == [-1]
 
 
+def test_a_source_without_one_right_image_is_an_error_whatever_the_limit(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=r"None of the 1 files.*quarantine\.csv"):
+        ingest(tmp_path / "images", config(max_bad_share=1.0), out=tmp_path / "corpus")
+    assert table(tmp_path / "corpus" / "quarantine.csv")[0]["reason"] == "not_an_image"
+
+
+def test_a_stop_just_before_the_stamp_loses_nothing(tmp_path, monkeypatch):
+    planted = write_bad_corpus(tmp_path / "images", n=60, share=0.1)
+    changes, out = config(max_bad_share=0.1), tmp_path / "corpus"
+
+    def stopped(*_args: object, **_values: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("selfsup_ray.stages.ingest.finish", stopped)
+        ingest(tmp_path / "images", changes, out=out)
+    ingest(tmp_path / "images", changes, out=out)
+    assert len(table(out / "quarantine.csv")) == sum(bool(one.reason) for one in planted) == 6
+
+
 def test_several_sources_follow_each_other(tmp_path):
     write_shapes(tmp_path / "a", 4)
     write_shapes(tmp_path / "b", 4, seed=1)
