@@ -122,7 +122,8 @@ class Evaluation:
         return self.metrics.get("accuracy")
 
     def __str__(self) -> str:
-        values = {k: v for k, v in flatten(self.metrics).items() if k != "notes"}
+        numbers = (int, float, str)
+        values = {k: v for k, v in flatten(self.metrics).items() if isinstance(v, numbers)}
         width = max(len(key) for key in values)
         lines = [
             f"{k:<{width}}  {v:.4f}" if isinstance(v, float) else f"{k:<{width}}  {v}"

@@ -353,6 +353,14 @@ def test_embeddings_are_judged_without_any_clustering(tmp_path: Path, world: Wor
     assert made.metrics["baselines"]["embeddings"]["accuracy"] > 0.5
 
 
+def test_printed_scores_are_one_line_each_with_the_notes_below():
+    found = evaluate(np.array([0, 1, 1, 0]), np.array([0, 1, 1, -1]))
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["accuracy", "1.0000"]
+    assert lines[-1].startswith("3 of 4 images have a label")
+    assert not any("{" in line or "[" in line for line in lines)
+
+
 def test_one_image_can_be_evaluated():
     found = evaluate(np.zeros(1, int), np.zeros(1, int))
     assert found.accuracy == found.metrics["nmi"] == found.metrics["ari"] == 1
