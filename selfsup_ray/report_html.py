@@ -195,6 +195,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: 1 file, 1,200 files."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def percent(share: float) -> str:
     """Return a share in [0, 1] in percent: 14.1 %."""
     return f"{100 * share:.1f} %"

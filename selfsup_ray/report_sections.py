@@ -20,6 +20,7 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.report_html import (
     Section,
     bar,
+    counted,
     details,
     duration,
     figures,
@@ -174,7 +175,7 @@ def _panels(values: Mapping[str, Array]) -> Iterator[tuple[dict[str, Array], str
     ]
     for key in rest:
         last = values[key][np.isfinite(values[key])][-1]
-        yield {key: values[key]}, key, f"{key}, {plain(float(last))} at the end"
+        yield {key: values[key]}, key, f"{key} → {plain(float(last))}"
 
 
 def _number(value: Any) -> float:
@@ -204,7 +205,7 @@ def corpus_section(run: Run) -> Section | str:
         labels = f"{corpus.num_labelled:,} of them have a label ({len(run.class_names):,} classes)."
     else:
         labels = "None of them has a label."
-    text = f"{len(corpus):,} images in {corpus.num_shards:,} shards. {labels}"
+    text = f"{counted(len(corpus), 'image')} in {counted(corpus.num_shards, 'shard')}. {labels}"
     body = paragraph(text) + _sample(run, corpus)
     body += _notes(corpus.counts.get("notes", {}))
     body += "<h3>Quarantine</h3>" + _quarantine(stage.path / "quarantine.csv", len(corpus))
@@ -252,7 +253,7 @@ def _quarantine(path: Path, kept: int) -> str:
         return paragraph("No file was refused.")
     share = total / (total + kept)
     where = f"{path.parent.name}/{path.name}"
-    text = f"{total:,} files ({percent(share)}) were refused; {where} names all of them."
+    text = f"{counted(total, 'file')} ({percent(share)}) refused; {where} names all."
     rows = [
         (reason, f"{n:,}", bar(n / max(counts.values())), "; ".join(examples[reason]))
         for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -277,7 +278,7 @@ def _duplicates(path: Path) -> str:
         return paragraph("No two images come from files with the same content.")
     text = (
         f"{files:,} images come from files of which another is the same, byte for byte, in "
-        f"{groups:,} groups; all of them are kept. {path.parent.name}/{path.name} names all."
+        f"{counted(groups, 'group')}. All are kept; {path.parent.name}/{path.name} names them."
     )
     head = ("copies", "ids, for example", "sources, for example")
     return paragraph(text) + table(head, shown, numeric=(0,))

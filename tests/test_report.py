@@ -263,7 +263,7 @@ def test_refused_files_are_counted_by_reason_and_copies_by_group(tmp_path: Path)
         csv.writer(file).writerows([("digest", "id", "source"), *rows])
     text = "|".join(read(write_report(tmp_path)).text)
     assert "|truncated|20|1.jpg; 2.jpg; 4.jpg|zero_bytes|10|0.jpg; 3.jpg; 6.jpg|" in text
-    assert "30 files (83.3 %) were refused" in text
+    assert "30 files (83.3 %) refused" in text
     assert (
         "6 images come from files of which another is the same, byte for byte, in 2 groups" in text
     )
