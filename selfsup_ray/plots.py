@@ -99,6 +99,7 @@ def plot_series(
         ax.plot(steps, values, color=color, linewidth=1.2, label=name, marker=marker, markersize=3)
     ax.set(xlabel="step", ylabel=ylabel, title=title)
     ax.margins(x=0.01)
+    _whole_ticks(ax)
     ax.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.5)
     if 1 < len(series) <= len(SERIES):
         ax.legend()
@@ -114,7 +115,7 @@ def plot_cluster_sizes(sizes: Array, ax: Axes) -> None:
     ax.axhline(sizes.mean(), linestyle="--", color=INK, linewidth=0.8, label="balanced")
     title = f"{len(sizes):,} clusters, {sizes.sum():,} images"
     ax.set(xlabel="cluster, by size", ylabel="images", title=title)
-    _whole_ticks(ax, x=True)
+    _whole_ticks(ax)
     ax.legend()
 
 
@@ -151,7 +152,7 @@ def plot_neighbor_ranks(
     top = max(1.0, float(similarity.max()))
     ax.set(xlabel="neighbor rank", ylabel="cosine similarity, share", ylim=(None, top * 1.02))
     ax.set_title(f"neighbors of {num_images:,} images")
-    _whole_ticks(ax, x=True)
+    _whole_ticks(ax)
     ax.legend(loc="best")
 
 
@@ -221,8 +222,8 @@ def _cycle(colors: Sequence[str], n: int) -> list[str]:
     return [colors[i % len(colors)] for i in range(n)]
 
 
-def _whole_ticks(ax: Axes, *, x: bool) -> None:
+def _whole_ticks(ax: Axes) -> None:
     """Put ticks at whole numbers only: there is no cluster 2.5."""
     from matplotlib.ticker import MaxNLocator
 
-    (ax.xaxis if x else ax.yaxis).set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
