@@ -6,9 +6,9 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -247,9 +247,12 @@ class Meter:
         self.first_step, self.rows = step, list[Tensor]()
         self.waited, self.began = 0.0, time.perf_counter()
 
-    def waiting(self) -> AbstractContextManager[None]:
-        """Return a block whose time counts as waiting for data."""
-        return _Stopwatch(self)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Note loss and metrics (one number each) of one part of a step."""
@@ -288,19 +291,6 @@ class Meter:
                     f"set precision=float32; the last checkpoint is from before this step."
                 )
             self.last_finite = loss
-
-
-class _Stopwatch:
-    """Adds the time of its block to meter.waited."""
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.waited += time.perf_counter() - self.began
 
 
 def save_state(path: Path, state: State) -> None:
