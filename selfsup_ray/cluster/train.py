@@ -73,13 +73,14 @@ class Live:
         if not new:
             return
         self.tracker.log(new)
-        size, last = self.job.config.batch_size, new[-1]
+        size, last, start = self.job.config.batch_size, new[-1], self.step
         if self._bar is None:
             steps = round(self.job.config.epochs * last["step"] / last["epoch"])
             self._bar = self._stack.enter_context(track(self.label, steps * size, "images"))
-            self._bar.skip(int(self.step or new[0]["step"]) * size)
+            start = start or int(new[0]["step"])  # made with the first record, the bar begins there
+            self._bar.skip(start * size)
         note = f"epoch {last['epoch']:.1f}, loss {last['loss']:.4g}, lr {last['lr']:.3g}"
-        self._bar.advance(int(last["step"] - self.step) * size, note)
+        self._bar.advance(int(last["step"] - start) * size, note)
         self.step = int(last["step"])
 
 
