@@ -90,6 +90,12 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.space:
             raise ValueError("space must name at least one key of the experiment")
+        ranges = [key for key, dimension in self.space.items() if dimension.choice is None]
+        if self.search == "grid" and ranges:
+            raise ValueError(
+                f"search=grid needs choices, but space.{ranges[0]} is a range; list its values "
+                f"under `choice`, or use search=random"
+            )
 
 
 @dataclass(frozen=True)

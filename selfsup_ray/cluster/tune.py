@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfsup_ray.config import Resources, config
-from selfsup_ray.errors import ConfigError, UserError
+from selfsup_ray.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -176,12 +176,6 @@ def _param_space(space: Mapping[str, Dimension], how: Search) -> dict[str, Any]:
 
     if how.algorithm != "grid":
         return {key: dimension.domain() for key, dimension in space.items()}
-    for key, dimension in space.items():
-        if dimension.choice is None:
-            raise ConfigError(
-                f"search=grid needs choices, but space.{key} is a range. "
-                f"List its values under `choice`, or use search=random."
-            )
     return {key: tune.grid_search(list(dimension.ends)) for key, dimension in space.items()}
 
 
