@@ -21,8 +21,8 @@ from selfsup_ray.tracking import Store, Tracker, open_run
 
 log = logging.getLogger(__name__)
 
-TRAINED = {"pretext", "scan", "selflabel"}
-"""Stages whose workers must all be there at once; those of the others are an upper bound."""
+UP_TO = {"ingest"}
+"""Stages whose `workers` are an upper bound; those of all others must fit at once."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _workers(stages: Sequence[str], experiment: Experiment, address: str | None)
     from selfsup_ray.cluster.session import require_resources, session
 
     with session(address):
-        for stage in TRAINED & asked.keys():
+        for stage in asked.keys() - UP_TO:
             require_resources(asked[stage], stage=stage)
         yield
 

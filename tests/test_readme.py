@@ -135,3 +135,9 @@ def test_no_file_names_a_machines_folder_or_a_package_registry():
         if bad.search(line)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_mathematics_is_public_without_further_imports():
+    assert ssr.ops.losses.nt_xent.__module__ == "selfsup_ray.ops.losses"
+    with pytest.raises(AttributeError, match="no attribute 'loss'"):
+        _ = ssr.ops.loss

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from selfsup_ray.config import build, override
 from selfsup_ray.data.synthetic import SHAPES, write_shapes
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, ResourceError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.pipeline import Result, run_experiment
 from selfsup_ray.stages.evaluate import Evaluation
@@ -131,6 +131,17 @@ def test_running_again_skips_every_stage_and_a_changed_value_is_refused(
     assert "asks for 0.3" in str(caught.value)
     more = {f"{stage}.resources.cpus": 2 for stage in ("pretext", "scan")}
     assert run_experiment(override(made, more)) == result
+
+
+@pytest.mark.parametrize("stage", ["pretext", "embed", "graph", "scan"])
+def test_workers_that_the_cluster_has_no_room_for_are_refused_before_the_first_stage(
+    ray_session: None, tmp_path: Path, stage: str
+):
+    write_shapes(tmp_path / "photos", 120, size=16)
+    made = build(Experiment, shapes(tmp_path))
+    with pytest.raises(ResourceError, match=f"{stage} asks for 64 workers"):
+        run_experiment(override(made, {f"{stage}.resources.workers": 64}))
+    assert not made.folder("ingest").exists()
 
 
 @pytest.mark.slow
