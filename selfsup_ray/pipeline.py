@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from selfsup_ray.artifacts import write_text
+from selfsup_ray.artifacts import read_json, write_text
 from selfsup_ray.config import load, to_dict
 from selfsup_ray.experiment import Experiment, seeded
 from selfsup_ray.planning import plan_experiment, require_room
@@ -34,10 +34,13 @@ class Result:
     store: str
     """URI of the MLflow store."""
     pseudo_labels: Path | None
+    scores: str | None
+    """The result in one line; None when nothing was evaluated."""
 
     def text(self) -> str:
         """Return the lines that end a run."""
-        lines = [
+        lines = [] if self.scores is None else [f"result         {self.scores}"]
+        lines += [
             f"report         {self.report}",
             f"MLflow store   {self.store}   (mlflow ui --backend-store-uri {self.store})",
         ]
@@ -82,12 +85,27 @@ def run_experiment(
         write_report(experiment.out)
     pseudo_labels = experiment.folder("export") / "pseudo_labels.parquet"
     store = Store.beside(experiment.out, experiment.tracking).uri
+    scores = _scores(experiment.folder("evaluate") / "metrics.json")
     return Result(
-        experiment.out,
-        experiment.out / "report.html",
-        store,
-        pseudo_labels if pseudo_labels.exists() else None,
+        out=experiment.out,
+        report=experiment.out / "report.html",
+        store=store,
+        pseudo_labels=pseudo_labels if pseudo_labels.exists() else None,
+        scores=scores,
     )
+
+
+def _scores(path: Path) -> str | None:
+    """Return what an evaluation's metrics.json says of the clusters, in one line."""
+    metrics = read_json(path) if path.exists() else {}
+    if "accuracy" in metrics:
+        names = {"accuracy": "ACC", "nmi": "NMI", "ari": "ARI"}
+        values = ", ".join(f"{short} {metrics[name]:.3f}" for name, short in names.items())
+        return f"{values} over {metrics['num_labelled']:,} labelled images"
+    if "scan_score" in metrics.get("label_free", {}):
+        score, clusters = metrics["label_free"]["scan_score"], metrics["label_free"]["num_clusters"]
+        return f"{clusters} clusters, SCAN score {score:.3f} (no labels to compare with)"
+    return None
 
 
 def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | None) -> None:

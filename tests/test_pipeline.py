@@ -77,7 +77,9 @@ def test_a_run_leaves_every_stage_finished_and_names_what_to_open(
     assert result.report == folder / "runs" / "tiny" / "report.html"
     assert "<html" in result.report.read_text()
     assert result.store == f"sqlite:///{folder / 'runs' / 'mlflow.db'}"
+    metrics = json.loads((result.out / "evaluate" / "metrics.json").read_text())
     text = result.text()
+    assert f"ACC {metrics['accuracy']:.3f}, NMI" in text and "over 40 labelled images" in text
     for part in (result.report, "mlflow ui --backend-store-uri", result.pseudo_labels):
         assert str(part) in text
 
@@ -165,6 +167,7 @@ def test_without_labels_everything_runs_and_the_probe_is_left_out(tmp_path: Path
     assert "accuracy" not in metrics
     assert metrics["num_labelled"] == 0
     assert result.pseudo_labels is not None
+    assert result.scores is not None and "4 clusters, SCAN score" in result.scores
 
 
 def test_the_seed_of_an_experiment_is_added_to_every_stages_own():
