@@ -66,7 +66,7 @@ class Plan:
         for step in self.steps:
             table.add_row(*_row(step))
         images = "unknown" if self.num_images is None else f"{self.num_images:,}"
-        lines = [f"{self.out}: {images} images", "", _drawn(table), self._totals()]
+        lines = [f"{self.out}: {images} images", "", drawn(table), self._totals()]
         notes = [f"  {s.stage}: {s.cost.assumes}" for s in self.steps if s.cost.assumes]
         if notes:
             lines += ["", "The figures assume (memory is a worker's peak):", *notes]
@@ -247,7 +247,8 @@ def _row(step: Step) -> tuple[str, ...]:
     return step.stage, step.state, step.why, workers, *figures
 
 
-def _drawn(table: Table) -> str:
+def drawn(table: Table) -> str:
+    """Return a rich table as plain text."""
     console = Console(file=StringIO(), width=110, color_system=None)
     console.print(table)
     file = console.file

@@ -9,14 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import yaml
 from filelock import FileLock
-from rich.console import Console
 from rich.table import Table
 
 from selfsup_ray.artifacts import begin, fingerprint, finish, read_done, whole_file, write_text
@@ -43,6 +41,7 @@ from selfsup_ray.experiment import Experiment, require_stages, seeded
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.ops.metrics import effective_rank
 from selfsup_ray.ops.rng import permuted
+from selfsup_ray.planning import drawn
 from selfsup_ray.progress import clock
 from selfsup_ray.steps import run_stage
 from selfsup_ray.tracking import TrackingConfig, open_run, read_records
@@ -116,13 +115,8 @@ class Summary:
             values = [_short(trial.changes[key]) for key in keys]
             result = trial.error or _short(trial.metrics[self.metric])
             table.add_row(trial.id, *values, result, clock(trial.seconds))
-        console = Console(file=StringIO(), width=110, color_system=None)
-        console.print(table)
-        file = console.file
-        assert isinstance(file, StringIO)
-        lines = [line.rstrip() for line in file.getvalue().splitlines()]
         files = (f"table  {self.out / 'trials.csv'}", f"best   {self.out / 'best.yaml'}")
-        return "\n".join([*lines, "", *files])
+        return "\n".join([drawn(table), "", *files])
 
 
 def sweep(

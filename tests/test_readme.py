@@ -48,9 +48,10 @@ def test_a_command_parses_and_its_keys_exist(command: str, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     options = cli.parsed(shlex.split(command)[1:])
     if hasattr(options, "experiment") and (ROOT / "experiments" / options.experiment.name).exists():
-        load(Experiment, options.experiment, dict(options.changes))
+        assert load(Experiment, options.experiment, dict(options.changes)).stages
     elif hasattr(options, "sweep"):
-        prepared(options.sweep, dict(options.changes))
+        made, _ = prepared(options.sweep, dict(options.changes))
+        assert made.space
 
 
 def test_there_are_commands_to_check():
