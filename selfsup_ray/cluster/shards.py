@@ -31,8 +31,12 @@ def map_shards(
     small: large ones belong into files. Raises ResourceError at once when there are too few CPUs
     or GPUs, and what fn raises.
     """
+    results = _results(fn, shards, resources, label=label, address=address)
+    if len(shards) < 2:
+        yield from results
+        return
     with track(label, len(shards), "shards") as progress:
-        for result in _results(fn, shards, resources, label=label, address=address):
+        for result in results:
             progress.advance()
             yield result
 

@@ -55,7 +55,8 @@ class UnitEncoder(nn.Module):
 def evaluation_view(images: Tensor, expected: ImageInput) -> Tensor:
     """Return the normalised view (B, 3, s, s), channels last, of uint8 images (B, 3, S, S)."""
     size = expected.view_size or expected.image_size
-    view = center(images, size=size, mean=expected.mean, std=expected.std)
+    mean, std = expected.mean, expected.std
+    view = center(images, size=size, mean=mean, std=std, share=expected.share)
     return view.contiguous(memory_format=torch.channels_last)
 
 

@@ -26,6 +26,8 @@ class ImageInput:
     """Side in pixels that files are decoded to, as the corpus stored them."""
     view_size: Positive | None = None
     """Side the network sees; None: image_size."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Side of the central square that is seen, as a share of image_size."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Per channel, of pixels in [0, 1]; the defaults are ImageNet's."""
     std: PositiveChannels = (0.229, 0.224, 0.225)
