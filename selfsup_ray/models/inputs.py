@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfsup_ray.config import Positive, PositiveFloat, config
 from selfsup_ray.data.decode import read_square
+from selfsup_ray.data.views import PositiveShare
 
 Channels = tuple[float, float, float]
 PositiveChannels = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
@@ -26,7 +27,7 @@ class ImageInput:
     """Side in pixels that files are decoded to, as the corpus stored them."""
     view_size: Positive | None = None
     """Side the network sees; None: image_size."""
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    share: PositiveShare = 1.0
     """Side of the central square that is seen, as a share of image_size."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Per channel, of pixels in [0, 1]; the defaults are ImageNet's."""
