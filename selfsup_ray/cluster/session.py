@@ -19,7 +19,6 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anyone
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # V2 starts reader actors anew for every execution
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else Ray Data's own actors print a warning at every start
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen at once
 }
 """Environment of every Ray process we start; what the user has set wins."""
