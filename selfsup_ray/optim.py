@@ -157,12 +157,10 @@ def build_optimizer(
     match optim:
         case SGDConfig():
             return torch.optim.SGD(
-                groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
+                groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov
             )
         case AdamConfig():
-            return torch.optim.Adam(
-                groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-            )
+            return torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         case LARSConfig():
             groups[1]["trust"] = None
             return LARS(
