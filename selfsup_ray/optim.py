@@ -157,10 +157,12 @@ def build_optimizer(
     match optim:
         case SGDConfig():
             return torch.optim.SGD(
-                groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov
+                groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
             )
         case AdamConfig():
-            return torch.optim.Adam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+            return torch.optim.Adam(
+                groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+            )
         case LARSConfig():
             groups[1]["trust"] = None
             return LARS(

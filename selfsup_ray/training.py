@@ -23,6 +23,7 @@ from selfsup_ray.artifacts import whole_file
 from selfsup_ray.collectives import all_sum, rank, world_size
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.errors import ConfigError, TrainingError
+from selfsup_ray.memory import kept
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.optim import (
     CosineSchedule,
@@ -144,7 +145,7 @@ def fit(
         weights, moments = objective.state_dict(), optimizer.state_dict()
         return {"objective": weights, "optimizer": moments, "step": step, "history": history}
 
-    with closing(batches.read_ahead(step)) as feed, own_generator(device):
+    with closing(batches.read_ahead(step)) as feed, own_generator(device), kept(device):
         while step < batches.total_steps:
             epoch, progress = step // batches.steps_per_epoch, step / batches.total_steps
             if step % batches.steps_per_epoch == 0:

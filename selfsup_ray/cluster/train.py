@@ -19,6 +19,7 @@ from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.collectives import rank
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ConfigError, TrainingError, UserError
+from selfsup_ray.memory import WORKER_ENVIRONMENT
 from selfsup_ray.progress import Track, track
 from selfsup_ray.tracking import Tracker
 from selfsup_ray.training import Record, State, TrainJob, fit, load_state, save_state
@@ -118,6 +119,12 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
     resources, folder = job.config.resources, out / "ray_train"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    run_config = RunConfig(
+        name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
+        storage_path=str(folder),
+        failure_config=FailureConfig(max_failures=job.config.max_failures),
+        worker_runtime_env={"env_vars": _environment(job)},  # type: ignore[call-arg]
+    )
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # its answer is result.return_value
         train_loop_config={"job": job, "out": str(out)},
@@ -126,11 +133,7 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
             use_gpu=resources.gpus > 0,
             resources_per_worker=_per_worker(resources),
         ),
-        run_config=RunConfig(
-            name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
-            storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=job.config.max_failures),
-        ),
+        run_config=run_config,
     )
     with followed(records_file(out), live.take), interruptible():
         outcome = _outcome(trainer.fit)
@@ -141,6 +144,10 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
         raise {"ConfigError": ConfigError, "TrainingError": TrainingError}[outcome["error"]](
             outcome["message"]
         )
+
+
+def _environment(job: TrainJob) -> dict[str, str]:
+    return WORKER_ENVIRONMENT if job.device == "cpu" else {}
 
 
 def _per_worker(resources: Resources) -> dict[str, float]:
