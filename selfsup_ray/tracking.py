@@ -7,11 +7,14 @@ import logging
 import math
 import os
 import re
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from selfsup_ray.artifacts import read_json, write_json
@@ -215,7 +218,8 @@ class MLflowRun:
         if time.monotonic() < self._retry_at:
             return
         try:
-            action()
+            with interrupts_held():  # a transaction cut in two would leave the database locked
+                action()
             self._behind = bool(self.artifacts)
         except Exception as error:  # whatever a tracking server does, the training goes on
             self._behind, self._retry_at = True, time.monotonic() + RETRY_AFTER_S
@@ -306,6 +310,38 @@ class MLflowRun:
         new = [Param(key, value) for key, value in self.params.items() if key not in known]
         for i in range(0, len(new), MAX_PARAMS):
             client.log_batch(run_id, params=new[i : i + MAX_PARAMS])
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block ends; a second one comes through at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        n: handler for n, handler in handlers.items() if handler is not None
+    }  # None: not ours
+    held = list[int]()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            restore()
+            signal.raise_signal(number)
+        held.append(number)
+
+    for number in before:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        restore()
+        if held:
+            signal.raise_signal(held[0])
 
 
 def connect(uri: str) -> MlflowClient:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from mlflow import MlflowClient
 
 from selfsup_ray import tracking
 from selfsup_ray.config import config
-from selfsup_ray.tracking import Tracker, TrackingConfig, open_run, read_records
+from selfsup_ray.tracking import (
+    Tracker,
+    TrackingConfig,
+    interrupts_held,
+    open_run,
+    read_records,
+)
 
 STORE = TrackingConfig()
 
@@ -206,6 +213,30 @@ def test_an_mlflow_that_comes_back_gets_what_it_missed(folder, tmp_path, monkeyp
     assert in_mlflow(tracker, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3)]
     opened = tracker.remote.open()
     assert [f.path for f in opened.client.list_artifacts(opened.run_id)] == ["metrics.jsonl"]
+
+
+def test_ctrl_c_within_a_transaction_waits_for_its_end(folder, monkeypatch):
+    tracker, log_batch = open_run(folder, STORE, name="x"), MlflowClient.log_batch
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        log_batch(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.log(records(1))
+    assert in_mlflow(tracker, "loss") == [(1, 0.1)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(2)
+    assert reached == [1]
 
 
 def test_numbers_that_are_not_finite_stay_in_the_file_only(folder):
