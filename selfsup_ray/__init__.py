@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from selfsup_ray.stages.ingest import IngestConfig, ingest
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
     from selfsup_ray.stages.probe import ProbeConfig, probe
+    from selfsup_ray.stages.reduce import ReduceConfig, Reduced, reduce
     from selfsup_ray.stages.scan import ScanConfig, scan
     from selfsup_ray.stages.selflabel import SelfLabelConfig, self_label
     from selfsup_ray.steps import open_artifact as open
@@ -53,6 +54,7 @@ _HOMES = {
     "stages.ingest": ["IngestConfig", "ingest"],
     "stages.pretext": ["PretextConfig", "pretrain"],
     "stages.probe": ["ProbeConfig", "probe"],
+    "stages.reduce": ["ReduceConfig", "Reduced", "reduce"],
     "stages.scan": ["ScanConfig", "scan"],
     "stages.selflabel": ["SelfLabelConfig", "self_label"],
     "steps": ["open_artifact"],
@@ -77,6 +79,8 @@ __all__ = [
     "MoCoConfig",
     "PretextConfig",
     "ProbeConfig",
+    "ReduceConfig",
+    "Reduced",
     "ResNetConfig",
     "ResourceError",
     "Resources",
@@ -94,6 +98,7 @@ __all__ = [
     "plan",
     "pretrain",
     "probe",
+    "reduce",
     "run",
     "scan",
     "self_label",

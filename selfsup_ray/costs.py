@@ -150,6 +150,8 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
             return _training(experiment, stage, num_images, folder)
         case "embed":
             return _embed(experiment, num_images)
+        case "reduce":
+            return _reduce(experiment, num_images)
         case "graph":
             return _graph(experiment, num_images)
         case "probe":
@@ -268,9 +270,24 @@ def _embed(e: Experiment, n: int) -> Cost:
     )
 
 
+def _reduce(e: Experiment, n: int) -> Cost:
+    assert e.pretext is not None and e.reduce is not None
+    ask, d = e.reduce.resources, network(e.pretext.backbone, 64).dim
+    m = min(e.reduce.sample, n)
+    threads = max(1, int(ask.cpus))
+    # Moments in float64 run at half the speed of the products in float32.
+    work = 4.0 * m * d * d + 2.0 * n * d * e.reduce.dim
+    return Cost(
+        memory_bytes=WORKER_BYTES + 2 * threads * d * d * 8 + threads * 4096 * d * 12,
+        disk_bytes=n * e.reduce.dim * 4,
+        seconds=work / (SEARCH_FLOPS * ask.cpus * max(ask.workers, 1)),
+        assumes=f"d={d} at most, fitted on {m:,} rows, {SEARCH_FLOPS / 1e9:.0f} GFLOP/s a core",
+    )
+
+
 def _graph(e: Experiment, n: int) -> Cost:
     assert e.pretext is not None and e.ingest is not None and e.graph is not None
-    ask, dim = e.graph.resources, network(e.pretext.backbone, 64).dim
+    ask, dim = e.graph.resources, _searched_dim(e)
     speed = GPU_SEARCH_FLOPS * ask.gpus if ask.gpus else SEARCH_FLOPS * ask.cpus
     return Cost(
         memory_bytes=WORKER_BYTES + n * dim * 4 // max(ask.workers, 1),
@@ -278,6 +295,13 @@ def _graph(e: Experiment, n: int) -> Cost:
         seconds=2.0 * n * n * dim / (speed * max(ask.workers, 1)),
         assumes=f"every pair compared, d={dim} at most, {speed / 1e9:.0f} GFLOP/s a worker",
     )
+
+
+def _searched_dim(e: Experiment) -> int:
+    """Return the width of the rows that the graph is built on, at most."""
+    assert e.pretext is not None
+    dim = network(e.pretext.backbone, 64).dim
+    return dim if e.reduce is None else min(dim, e.reduce.dim)
 
 
 def _probe(e: Experiment, n: int) -> Cost:

@@ -17,6 +17,7 @@ from selfsup_ray.stages.graph import GraphConfig
 from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.stages.probe import ProbeConfig
+from selfsup_ray.stages.reduce import ReduceConfig
 from selfsup_ray.stages.scan import ScanConfig
 from selfsup_ray.stages.selflabel import SelfLabelConfig
 from selfsup_ray.tracking import TrackingConfig
@@ -25,6 +26,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "pretext": ("ingest",),
     "embed": ("ingest", "pretext"),
+    "reduce": ("embed",),
     "graph": ("embed",),
     "scan": ("ingest", "pretext", "graph"),
     "selflabel": ("ingest", "scan"),
@@ -35,6 +37,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 """Stages whose result a stage cannot do without."""
 
 USES: dict[str, tuple[str, ...]] = {
+    "graph": ("reduce",),
     "evaluate": ("graph", "scan", "selflabel"),
     "export": ("scan", "selflabel"),
 }
@@ -53,6 +56,7 @@ class Experiment:
     ingest: IngestConfig | None = None
     pretext: PretextConfig | None = None
     embed: EmbedConfig | None = None
+    reduce: ReduceConfig | None = None
     graph: GraphConfig | None = None
     scan: ScanConfig | None = None
     selflabel: SelfLabelConfig | None = None

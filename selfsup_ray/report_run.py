@@ -26,7 +26,18 @@ from selfsup_ray.tracking import read_records
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ORDER = (
-    *("ingest", "pretext", "patches", "embed", "graph", "scan", "sela", "selflabel", "diffuse"),
+    *(
+        "ingest",
+        "pretext",
+        "patches",
+        "embed",
+        "reduce",
+        "graph",
+        "scan",
+        "sela",
+        "selflabel",
+        "diffuse",
+    ),
     *("probe", "evaluate", "export"),
 )
 """Stages in the order of the data flow; others follow by name."""

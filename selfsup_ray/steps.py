@@ -20,6 +20,7 @@ from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
 from selfsup_ray.stages.pretext import pretrain
 from selfsup_ray.stages.probe import Probe, probe
+from selfsup_ray.stages.reduce import Reduced, reduce
 from selfsup_ray.stages.scan import scan
 from selfsup_ray.stages.selflabel import self_label
 
@@ -30,7 +31,9 @@ log = logging.getLogger(__name__)
 
 Folders = Callable[[str], Path]
 """Stage name -> the folder that stage owns."""
-Artifact = Corpus | Encoder | Embeddings | Graph | Clusterer | Probe | Evaluation | Exported
+Artifact = (
+    Corpus | Encoder | Embeddings | Reduced | Graph | Clusterer | Probe | Evaluation | Exported
+)
 
 CLUSTERINGS = ("scan", "selflabel")
 """Stages that leave a Clusterer; the last one of a run is its result."""
@@ -39,6 +42,7 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "ingest": Corpus.open,
     "pretext": Encoder.open,
     "embed": Embeddings.open,
+    "reduce": Reduced.open,
     "graph": Graph.open,
     "scan": Clusterer.open,
     "selflabel": Clusterer.open,
@@ -84,11 +88,21 @@ def _embed(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     embed(corpus, encoder, e.embed, out=at("embed"), tracker=tracker)
 
 
+def _reduce(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    reduce(Embeddings.open(at("embed")), e.reduce, out=at("reduce"), tracker=tracker)
+
+
+def searched(e: Experiment, at: Folders) -> Embeddings | Reduced:
+    """Return the rows that the graph is built on: the reduced ones where there are any."""
+    if "reduce" in e.stages:
+        return Reduced.open(at("reduce"))
+    return Embeddings.open(at("embed"))
+
+
 def _graph(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     corpus = Corpus.open(at("ingest"))
     labels = corpus.labels if corpus.has_labels else None  # for the report's figure alone
-    features = Embeddings.open(at("embed"))
-    build_graph(features, e.graph, out=at("graph"), labels=labels, tracker=tracker)
+    build_graph(searched(e, at), e.graph, out=at("graph"), labels=labels, tracker=tracker)
 
 
 def _scan(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
@@ -133,6 +147,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "ingest": _ingest,
     "pretext": _pretext,
     "embed": _embed,
+    "reduce": _reduce,
     "graph": _graph,
     "scan": _scan,
     "selflabel": _selflabel,

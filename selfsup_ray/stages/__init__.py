@@ -1,4 +1,15 @@
 """The stages: one file each, one config class and one function; STAGES is their order."""
 
-STAGES = ("ingest", "pretext", "embed", "graph", "scan", "selflabel", "probe", "evaluate", "export")
+STAGES = (
+    "ingest",
+    "pretext",
+    "embed",
+    "reduce",
+    "graph",
+    "scan",
+    "selflabel",
+    "probe",
+    "evaluate",
+    "export",
+)
 """Names in the order of the data flow; light to import, so that `--help` can list them."""
