@@ -25,11 +25,13 @@ from selfsup_ray.stages.evaluate import Evaluation
 from selfsup_ray.stages.export import Exported
 from selfsup_ray.stages.graph import Graph
 from selfsup_ray.stages.probe import Probe
+from selfsup_ray.stages.reduce import Reduced
 from selfsup_ray.steps import open_artifact
 
 HERE = {"workers": 0}
 SMALL = {"epochs": 1, "batch_size": 16, "precision": "float32", "resources": HERE}
-STAGES = ["ingest", "pretext", "embed", "graph", "scan", "selflabel", "probe", "evaluate", "export"]
+STAGES = ["ingest", "pretext", "embed", "reduce", "graph", "scan", "selflabel"]
+STAGES += ["probe", "evaluate", "export"]
 
 
 def tiny(folder: Path) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def tiny(folder: Path) -> dict[str, Any]:
         "ingest": {"source": str(folder / "photos"), "image_size": 16, "resources": HERE},
         "pretext": {**SMALL, "backbone": {"name": "resnet18", "stem": "stl", "width": 4}},
         "embed": {"resources": HERE},
+        "reduce": {"dim": 8, "resources": HERE},
         "graph": {"k": 5, "resources": HERE},
         "scan": {**SMALL, "num_clusters": 4, "num_neighbors": 5},
         "selflabel": {**SMALL, "threshold": 0.3},
@@ -103,7 +106,8 @@ def test_a_finished_run_is_planned_as_current(finished: tuple[Path, Result]):
 
 def test_every_folder_opens_as_the_handle_of_its_stage(finished: tuple[Path, Result]):
     _, result = finished
-    types = [Corpus, Encoder, Embeddings, Graph, Clusterer, Clusterer, Probe, Evaluation, Exported]
+    types = [Corpus, Encoder, Embeddings, Reduced, Graph, Clusterer, Clusterer]
+    types += [Probe, Evaluation, Exported]
     assert [type(open_artifact(result.out / stage)) for stage in STAGES] == types
     with pytest.raises(ArtifactError, match="holds no finished stage"):
         open_artifact(result.out / "absent")
@@ -149,8 +153,8 @@ def test_until_and_only_choose_the_stages(tmp_path: Path):
         run_experiment(made, only=["embed"])
     run_experiment(made, until="pretext")
     assert sorted(p.parent.name for p in made.out.glob("*/done.json")) == ["ingest", "pretext"]
-    run_experiment(made, only=["embed"])
-    assert (made.folder("embed") / "done.json").exists()
+    run_experiment(made, only=["embed", "reduce"])
+    assert (made.folder("reduce") / "done.json").exists()
     states = {step.stage: step.state for step in plan_experiment(made, only=["graph"]).steps}
     assert states["graph"] == "run"
     assert {states[s] for s in STAGES if s != "graph"} == {"left out"}
@@ -224,7 +228,7 @@ def test_planning_writes_nothing_and_costs_every_stage(tmp_path: Path):
     made = plan(tmp_path / "tiny.yaml", {"scan.epochs": 2}, until="scan")
     assert times(tmp_path) == before
     assert made.num_images == 40
-    assert made.to_run == ("ingest", "pretext", "embed", "graph", "scan")
+    assert made.to_run == tuple(STAGES[:6])
     costs = {step.stage: step.cost for step in made.steps}
     assert all(costs[stage].memory_bytes and costs[stage].disk_bytes for stage in made.to_run)
     once, twice = costs["pretext"].seconds, costs["scan"].seconds
@@ -238,7 +242,8 @@ def test_the_disk_estimates_are_near_what_the_stages_leave(
     folder, result = finished
     made = plan(folder / "tiny.yaml", {"out": str(tmp_path / "new")})
     found = {step.stage: step.cost.disk_bytes or 0 for step in made.steps}
-    for stage, pattern in {"ingest": "shards/*", "embed": "rows/*.npy", "graph": "*/*.npy"}.items():
+    patterns = {"ingest": "shards/*", "graph": "*/*.npy"}
+    for stage, pattern in (patterns | dict.fromkeys(("embed", "reduce"), "rows/*.npy")).items():
         left = sum(path.stat().st_size for path in (result.out / stage).glob(pattern))
         assert found[stage] == pytest.approx(left, rel=0.35), stage
 
