@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array
+from selfsup_ray.artifacts import Array, ShardedArray
+from selfsup_ray.ops.adjacency import Adjacency, Links, build_adjacency, has_numba
+from selfsup_ray.ops.spreading import Spread, Variant
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class DiffusionOptions:
     reset_seeds: bool = False
     normalize_columns: bool = True
     min_similarity: float | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """What of these a step does."""
+        return Variant(self.normalize_columns, self.reset_seeds, self.sinkhorn)
 
     @property
     def is_constant(self) -> bool:
@@ -115,27 +122,52 @@ def diffuse_scores(
     they only receive. order: (N,) node at each place of an order in which neighbors are close.
     """
     options = options or DiffusionOptions()
-    matrix = _adjacency(ids, similarity, options)
-    degrees = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
-    scale = np.divide(1.0, degrees, out=np.zeros_like(degrees), where=degrees > 0)[:, None]
-    seeds = np.asarray(seeds)
-    labelled = np.flatnonzero(seeds >= 0)
-    label = np.zeros((len(seeds), num_classes))
-    label[labelled, seeds[labelled]] = 1.0
+    graph = make_adjacency(ids, similarity, order=order, threads=threads, options=options)
+    place, seeds = graph.place, np.asarray(seeds)
+    near = np.asarray(test_ids)
+    if place is not None:
+        near = np.where(near >= 0, place[near], -1)
+        seeds = seeds[graph.order]
+    state = spread(
+        graph,
+        seeds,
+        first=0,
+        stop=num_classes,
+        threads=threads,
+        dtype=dtype,
+        device=device,
+        variant=options.variant,
+    )
     for t in range(niter + 1):
         if t:
-            label = (matrix @ label) * scale
-            if options.reset_seeds:
-                label[labelled] = 0.0
-                label[labelled, seeds[labelled]] = 1.0
-        for _ in range(options.sinkhorn if t else 0):
-            label = _normalized(_normalized(label, axis=1), axis=0)
-        if options.normalize_columns:
-            label = _normalized(label, axis=0)
-        yield outside_scores(label, test_ids)
+            state.step()
+        yield state.sums(near)
 
 
-def _adjacency(ids: Array, similarity: Array | None, options: DiffusionOptions) -> Any:
+def make_adjacency(
+    ids: Array | ShardedArray,
+    similarity: Array | ShardedArray | None,
+    *,
+    order: Array | None,
+    threads: int,
+    options: DiffusionOptions,
+) -> Adjacency:
+    """Return the rows of B in memory, with values only where the options ask for weights."""
+    if options.is_constant:
+        links = Links(ids, similarity, options.min_similarity)
+        return build_adjacency(links, order=order, reciprocal=options.reciprocal, threads=threads)
+    return weighted_adjacency(
+        np.asarray(ids),
+        None if similarity is None else np.asarray(similarity),
+        order=order,
+        options=options,
+    )
+
+
+def weighted_adjacency(
+    ids: Array, similarity: Array | None, *, order: Array | None, options: DiffusionOptions
+) -> Adjacency:
+    """Return the rows of B with weights, by scipy: for graphs of some million nodes."""
     weights = None
     if options.weights == "gaussian":
         assert similarity is not None, "gaussian weights need the similarity of every link"
@@ -144,20 +176,38 @@ def _adjacency(ids: Array, similarity: Array | None, options: DiffusionOptions) 
     made = knn_to_adjacency(kept, weights=weights, reciprocal=options.reciprocal)
     if options.tau != 1.0:
         made.data **= options.tau
-    return made
+    if order is not None:
+        made = made[order][:, order]
+    made.sort_indices()
+    return Adjacency(
+        made.indptr.astype(np.int64),
+        made.indices.astype(np.int32),
+        np.zeros(len(ids), np.int32),
+        values=made.data.astype(np.float32),
+        order=order,
+    )
 
 
-def _normalized(values: Array, *, axis: int) -> Array:
-    sums = values.sum(axis=axis, keepdims=True)
-    made: Array = np.divide(values, sums, out=np.zeros_like(values), where=sums > 0)
-    return made
+def spread(
+    graph: Adjacency,
+    seeds: Array,
+    *,
+    first: int,
+    stop: int,
+    threads: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+    variant: Variant | None = None,
+) -> Spread:
+    """Return L_0 of classes [first, stop); numba steps it on a CPU that has it, torch elsewhere.
 
+    seeds: (N,) class of each node or -1, in the graph's numbering of places.
+    """
+    variant = variant or Variant()
+    if device == "cpu" and has_numba():
+        from selfsup_ray.ops.cpu_spreading import CpuSpread
 
-def outside_scores(label: Array, test_ids: Array) -> Array:
-    """Return T L: the (n_t, C) float32 sums of L over each test image's neighbors."""
-    out = np.zeros((len(test_ids), label.shape[1]), np.float32)
-    for start in range(0, len(test_ids), 256):
-        part = np.asarray(test_ids[start : start + 256])
-        rows = label[np.maximum(part, 0)] * (part >= 0)[..., None]
-        out[start : start + 256] = rows.sum(axis=1)
-    return out
+        return CpuSpread(graph, seeds, first, stop, threads=threads, dtype=dtype, variant=variant)
+    from selfsup_ray.ops.torch_spreading import TorchSpread
+
+    return TorchSpread(graph, seeds, first, stop, dtype=dtype, device=device, variant=variant)

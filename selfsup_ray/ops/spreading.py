@@ -1,0 +1,75 @@
+"""Spread: the labels L_t of some classes on every node of a graph, and the step to L_{t + 1}.
+
+Columns are independent, their normalisation included, so any group of classes can be spread alone:
+the bits of a column do not depend on the others, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from selfsup_ray.artifacts import Array
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a step does beyond W L: see DiffusionOptions for the meaning."""
+
+    normalize_columns: bool = True
+    reset_seeds: bool = False
+    sinkhorn: int = 0
+
+
+class Spread(Protocol):
+    """L_t of the classes [first, stop) for all N nodes, C = stop - first columns."""
+
+    mass: Array
+    """(C,) float64: the column sums of L_t before they are normalised to 1."""
+
+    def step(self) -> None:
+        """Go from L_t to L_{t + 1}."""
+        ...
+
+    def sums(self, lists: Array) -> Array:
+        """Return (n, C) float32: L_t summed over the places of each list (n, k), -1 = none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Labelled nodes of some classes: their places, and columns counted from the first class."""
+
+    places: Array
+    columns: Array
+    num: int
+
+    @classmethod
+    def of(cls, seeds: Array, first: int, stop: int) -> Seeds:
+        """Return the nodes whose class is in [first, stop)."""
+        places = np.flatnonzero((seeds >= first) & (seeds < stop))
+        return cls(places, seeds[places].astype(np.int64) - first, stop - first)
+
+    def counts(self, width: int) -> Array:
+        """Return (width,) float64 labelled nodes of each column."""
+        return np.bincount(self.columns, minlength=width).astype(np.float64)
+
+
+def scales(totals: Array, normalize: bool) -> Array:
+    """Return the float32 factors that make columns sum to 1; 1 for an empty column."""
+    if not normalize:
+        return np.ones(len(totals), np.float32)
+    return (1 / np.where(totals > 0, totals, 1)).astype(np.float32)
+
+
+def widened(bits: Array) -> Array:
+    """Return bfloat16 numbers, held in uint16, as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def shortened(values: Array) -> Array:
+    """Return float32 numbers as bfloat16 in uint16, to the nearest and halves to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

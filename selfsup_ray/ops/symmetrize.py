@@ -1,0 +1,141 @@
+"""Numba kernels that turn lists of neighbors into the rows of A + A^T, a range of rows at a time.
+
+Nodes are numbered by their place in an order; `place[i]` is the place of image i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+
+@njit(nogil=True, cache=True)
+def count_links(lists: Any, first: int, place: Any, low: int, high: int, counts: Any) -> None:
+    """Add to counts[p - low] the links that end at place p in [low, high).
+
+    lists: (n, k) neighbors of images first, first + 1 …, -1 = none; an image's own id is no link.
+    """
+    for i in range(len(lists)):
+        for j in range(lists.shape[1]):
+            other = lists[i, j]
+            if other >= 0 and other != first + i:
+                p = place[other]
+                if low <= p < high:
+                    counts[p - low] += 1
+
+
+@njit(nogil=True, cache=True)
+def sort_links(
+    lists: Any,
+    first: int,
+    place: Any,
+    low: int,
+    high: int,
+    own: Any,
+    ends: Any,
+    incoming: Any,
+) -> None:
+    """Put the links of these images into own, (high - low, k), and incoming, grouped by end.
+
+    own[p - low] becomes the list of the image at p, as places. ends[p - low] is where the next link
+    that ends at p goes in `incoming`, and moves on.
+    """
+    for i in range(len(lists)):
+        p = place[first + i]
+        here = low <= p < high
+        for j in range(lists.shape[1]):
+            other = lists[i, j]
+            is_link = other >= 0 and other != first + i
+            q = place[other] if is_link else -1
+            if here:
+                own[p - low, j] = q
+            if is_link and low <= q < high:
+                incoming[ends[q - low]] = p
+                ends[q - low] += 1
+
+
+@njit(nogil=True)
+def _sorted_unique(values: Any, num: int) -> int:
+    """Sort values[:num] and move distinct ones to the front; return how many there are."""
+    if num <= 64:
+        for i in range(1, num):
+            value, j = values[i], i
+            while j > 0 and values[j - 1] > value:
+                values[j] = values[j - 1]
+                j -= 1
+            values[j] = value
+    else:
+        values[:num] = np.sort(values[:num])
+    kept = 0
+    for i in range(num):
+        if kept == 0 or values[i] != values[kept - 1]:
+            values[kept] = values[i]
+            kept += 1
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def merge_links(
+    own: Any,
+    starts: Any,
+    incoming: Any,
+    start: int,
+    stop: int,
+    low: int,
+    self_link: bool,
+    reciprocal: bool,
+    ids: Any,
+    lengths: Any,
+    twice: Any,
+) -> int:
+    """Write rows [start, stop) of a range that begins at place `low`; return the entries written.
+
+    A row of `ids` holds first the places that link both ways, the node itself among them with
+    `self_link`, then, unless `reciprocal`, those that link one way; both parts ascend. lengths and
+    twice (stop - start) get the length of the row and of its first part.
+    """
+    k, used = own.shape[1], 0
+    mine = np.empty(k + 1, np.int32)
+    for r in range(start, stop):
+        num = 0
+        for j in range(k):
+            if own[r, j] >= 0:
+                mine[num] = own[r, j]
+                num += 1
+        num = _sorted_unique(mine, num)
+        others = incoming[starts[r] : starts[r + 1]]
+        num_others = _sorted_unique(others, len(others))
+        began, rest = used, used + num + 2  # num and the node itself at most
+        a, b, itself = 0, 0, low + r if self_link else -1
+        while a < num or b < num_others:
+            if b >= num_others or (a < num and mine[a] < others[b]):
+                value, both = mine[a], False
+                a += 1
+            elif a >= num or others[b] < mine[a]:
+                value, both = others[b], False
+                b += 1
+            else:
+                value, both = mine[a], True
+                a += 1
+                b += 1
+            if itself >= 0 and value > itself:
+                ids[used] = itself
+                used += 1
+                itself = -1
+            if both:
+                ids[used] = value
+                used += 1
+            elif not reciprocal:
+                ids[rest] = value
+                rest += 1
+        if itself >= 0:
+            ids[used] = itself
+            used += 1
+        twice[r - start] = used - began
+        for j in range(began + num + 2, rest):
+            ids[used] = ids[j]
+            used += 1
+        lengths[r - start] = used - began
+    return used
