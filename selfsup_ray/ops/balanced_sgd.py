@@ -29,16 +29,18 @@ class Rate:
 
 
 class BalancedSampler:
-    """Draws images by class: (steps, B) positions at a time, a pure function of the seed."""
+    """Draws images by class: (steps, B) positions at a time, from the seed's numbers alone."""
 
-    def __init__(self, classes: Array, *, num_classes: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, classes: Array, *, num_classes: int, batch_size: int, seed: Sequence[int]
+    ) -> None:
         """classes: (n,) in [0, num_classes), every class at least once."""
         self.order = np.argsort(classes, kind="stable")
         self.counts = np.bincount(classes, minlength=num_classes)
         assert self.counts.min() > 0, f"class {int(self.counts.argmin())} has no image"
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.batch_size = batch_size
-        self.generator = np.random.Generator(np.random.Philox([seed, batch_size]))
+        self.generator = np.random.Generator(np.random.Philox([*seed, batch_size]))
 
     def draw(self, steps: int) -> Array:
         """Return the positions of the next batches: (steps, B) int64."""
@@ -77,7 +79,7 @@ def train_balanced(
     batch_size: int,
     iterations: int,
     eval_every: int,
-    seed: int,
+    seed: Sequence[int],
     device: str = "cpu",
 ) -> Iterator[LinearState]:
     """Yield the classifiers every `eval_every` iterations and at the end.

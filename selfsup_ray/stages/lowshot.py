@@ -1,0 +1,287 @@
+"""The stage `lowshot`: the low-shot protocol of label diffusion, its baselines and its choices.
+
+Four steps, each kept when a run is interrupted: the nodes that all runs of a set-up share get
+their neighbor lists once; every (n, seed) explores the hyper-parameters on the validation classes;
+what is best there for each n runs on both set-ups; the table is written (spec sections 4 to 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from selfsup_ray.artifacts import (
+    Array,
+    begin,
+    finish,
+    read_done,
+    read_json,
+)
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import Resources
+from selfsup_ray.errors import ConfigError
+from selfsup_ray.ops.lowshot import SETUPS
+from selfsup_ray.stages.embed import Embeddings
+from selfsup_ray.stages.graph import Features, Labels, label_array
+from selfsup_ray.stages.lowshot_choice import Chosen, choose, choose_fusion, rates_of
+from selfsup_ray.stages.lowshot_config import LowShotConfig
+from selfsup_ray.stages.lowshot_data import SetupImages, Sources, held_out, images_of_setups
+from selfsup_ray.stages.lowshot_pool import (
+    Block,
+    open_folder,
+    search_block,
+    write_block,
+    write_pool,
+)
+from selfsup_ray.stages.lowshot_table import (
+    mean_curves,
+    table,
+    write_results,
+    write_seconds,
+    write_tables,
+)
+from selfsup_ray.stages.lowshot_units import Unit, Work, save_images
+
+if TYPE_CHECKING:
+    from selfsup_ray.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LowShot:
+    """Handle on a finished protocol: its table, and the curves over the number of steps."""
+
+    path: Path
+    table: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> LowShot:
+        """Return the finished protocol in a folder.
+
+        Raises ArtifactError when the stage has not finished there.
+        """
+        read_done(Path(path))
+        return cls(Path(path), read_json(Path(path) / "table.json"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the config and the inputs."""
+        return read_done(self.path).fingerprint
+
+    @property
+    def curves(self) -> dict[str, Any]:
+        """Hit rates after each number of steps, by set-up, method and n."""
+        return dict(read_json(self.path / "curves.json"))
+
+    def mean(self, method: str, *, n: int, number: str = "top5_all", setup: str = "test") -> float:
+        """Return the mean over the seeds of a method's hit rate, such as `top5_novel`."""
+        return float(self.table[setup][str(n)][method][number]["mean"])
+
+
+def low_shot(
+    features: Features,
+    labels: Labels,
+    config: LowShotConfig,
+    *,
+    out: Path | str,
+    sources: Sources | None = None,
+    class_names: list[str] | None = None,
+    tracker: Tracker | None = None,
+) -> LowShot:
+    """Run the protocol on embeddings with labels; return the handle on its table.
+
+    labels: (N,), -1 unknown; sources: where each image came from, for lowshot.test.pattern;
+    class_names: for messages and for a split file with names. Nothing of the test set-up's labels
+    chooses anything. Raises ConfigError when classes, shots or background do not fit the images.
+    """
+    out, began = Path(out), time.monotonic()
+    known = label_array(labels)
+    if len(known) != len(features.array):
+        raise ConfigError(f"lowshot: {len(known):,} labels, {len(features.array):,} embeddings.")
+    is_test = held_out(known, config, sources)
+    images = images_of_setups(known, is_test, config, class_names=class_names)
+    background = _background_ids(images, known, is_test, config, features)
+    inputs = {"features": features.fingerprint, "labels": _digest(known, is_test)}
+    if folders := _folder_fingerprints(config):
+        inputs["background"] = folders
+    if begin(out, stage="lowshot", config=config, inputs=inputs):
+        log.info("lowshot: %s is current", out)
+        return LowShot.open(out)
+    for name, made in images.items():
+        save_images(out / name, made)
+        _write_pools(out, made, background[name], features, config)
+    explored, final, chosen = _run_units(out, features, config)
+    rates = {unit: rates_of(config, chosen[unit.n], found) for unit, found in final.items()}
+    made_table = table(config, rates, chosen)
+    write_results(out / "results.csv", rates)
+    write_tables(out, made_table, mean_curves(config, explored, final))
+    facts = _facts(config, images, background, made_table)
+    seconds = time.monotonic() - began
+    if tracker is not None:
+        tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
+    finish(out, stage="lowshot", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    text = "lowshot: %d runs of %s, test top-5 of %s %.4f on all and %.4f on novel classes, %.1f s"
+    shown = (facts["test_top5"], facts["test_top5_novel"], seconds)
+    log.info(text, len(final), ", ".join(config.methods), config.headline, *shown)
+    return LowShot.open(out)
+
+
+def _digest(labels: Array, is_test: Array) -> str:
+    digest = hashlib.blake2b(labels.astype("<i8").tobytes(), digest_size=16)
+    digest.update(np.packbits(is_test).tobytes())
+    return digest.hexdigest()
+
+
+def _folder_fingerprints(config: LowShotConfig) -> str:
+    """Return a digest of the other runs' embeddings; "" when no method uses any."""
+    if "diffusion_background" not in config.methods or not config.background.folders:
+        return ""
+    prints = [Embeddings.open(folder.path).fingerprint for folder in config.background.folders]
+    return hashlib.sha256(" ".join(prints).encode()).hexdigest()
+
+
+def _background_ids(
+    images: Mapping[str, SetupImages],
+    labels: Array,
+    is_test: Array,
+    config: LowShotConfig,
+    features: Features,
+) -> dict[str, Array]:
+    """Return the corpus's background images of each set-up.
+
+    Raises ConfigError when there is no background although a method wants one, or when a folder
+    was embedded by another encoder.
+    """
+    empty = np.empty(0, np.int64)
+    if "diffusion_background" not in config.methods:
+        return dict.fromkeys(images, empty)
+    own = _encoder(features)
+    for folder in config.background.folders:
+        other = _encoder(Embeddings.open(folder.path))
+        if own is not None and other is not None and own != other:
+            raise ConfigError(
+                f"The background {folder.path} was embedded by another encoder ({other[:12]}, this "
+                f"run's is {own[:12]}). Embed it with this run's encoder."
+            )
+    found = {
+        name: made.background(config.background, labels, is_test) for name, made in images.items()
+    }
+    for name, ids in found.items():
+        if not len(ids) and not config.background.folders:
+            raise ConfigError(
+                f"lowshot.methods has diffusion_background, but the set-up `{name}` has no "
+                f"background image. Add lowshot.background.folders, set in_domain=true, or leave "
+                f"the method out."
+            )
+    return found
+
+
+def _encoder(features: Features) -> str | None:
+    """Return the fingerprint of the encoder that made embeddings; None where it is not known."""
+    folder = getattr(features, "path", None)
+    if folder is None or not (Path(folder) / "config.yaml").exists():
+        return None
+    inputs = yaml.safe_load((Path(folder) / "config.yaml").read_text()).get("inputs", {})
+    found = inputs.get("encoder")
+    return None if found is None else str(found)
+
+
+def _write_pools(
+    out: Path, images: SetupImages, background: Array, features: Features, config: LowShotConfig
+) -> None:
+    """Write the nodes that all runs of a set-up share: `base`, and `background` with base.
+
+    The base images are searched once for both. Nothing is done again in a continued run.
+    """
+    folder, width, source = out / images.name, config.k - 1, features.array
+    wants_background = "diffusion_background" in config.methods
+    names = ["base", "background"] if wants_background else ["base"]
+    if all((folder / name / "pool.json").exists() for name in names):
+        return
+    ask: dict[str, Any] = {"width": width, "resources": config.resources}
+    queries = source.rows(images.test_ids)
+    places = images.base
+    base_ids, base_classes = images.train_ids[places], images.train_classes[places]
+    base = write_block(folder / "base_block", source, base_ids, base_classes, **ask)
+    in_base = search_block(base, queries, k=config.widest, resources=config.resources)
+    write_pool(folder / "base", [base], [in_base], k=config.widest, **ask)
+    if not wants_background:
+        return
+    blocks: list[Block] = [
+        open_folder(out / f"folder{i}", given, dim=source.shape[1], **ask)
+        for i, given in enumerate(config.background.folders)
+    ]
+    if len(background):
+        unknown = np.full(len(background), -1, np.int64)
+        blocks.append(write_block(folder / "background_block", source, background, unknown, **ask))
+    tests = [search_block(b, queries, k=config.k, resources=config.resources) for b in blocks]
+    write_pool(folder / "background", [*blocks, base], [*tests, in_base], k=config.k, **ask)
+
+
+def _run_units(
+    out: Path, features: Features, config: LowShotConfig
+) -> tuple[dict[Unit, dict[str, Any]], dict[Unit, dict[str, Any]], dict[int, Chosen]]:
+    """Return what every unit found, explored and final, and the hyper-parameters of each n."""
+    units = {
+        setup: tuple(Unit(setup, n, seed) for n in config.shots for seed in config.seeds)
+        for setup in SETUPS
+    }
+    place = (out.absolute(), features.array.path.absolute(), config)
+    explore = Work(*place, units["val"])
+    _run(explore, config.resources, label="lowshot: validation")
+    explored = explore.results()
+    chosen = {
+        n: choose(config, [explored[Unit("val", n, seed)] for seed in config.seeds])
+        for n in config.shots
+    }
+    work = Work(*place, (*units["val"], *units["test"]), chosen)
+    _run(work, config.resources, label="lowshot: chosen")
+    final = work.results()
+    for n in config.shots:
+        fusion, validation = choose_fusion(
+            config, [final[Unit("val", n, seed)] for seed in config.seeds]
+        )
+        both = {**chosen[n].validation, **validation}
+        chosen[n] = replace(chosen[n], fusion=fusion, validation=both)
+    write_seconds(out / "seconds.csv", {"explore": explore.seconds(), "final": work.seconds()})
+    return explored, final, chosen
+
+
+def _run(work: Work, resources: Resources, *, label: str) -> None:
+    for _ in map_shards(work, work.missing, resources, label=label):
+        pass
+
+
+def _facts(
+    config: LowShotConfig,
+    images: Mapping[str, SetupImages],
+    background: Mapping[str, Array],
+    made: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the numbers of the stage's stamp: sizes, and the headline method's top-5.
+
+    `validation_top5` is the mean over n on all validation classes, what a sweep may maximise.
+    """
+    test = images["test"]
+    facts: dict[str, Any] = {
+        "method": config.headline,
+        "num_classes": test.setup.num_classes,
+        "num_novel": int(test.setup.is_novel.sum()),
+        "base_images": len(test.base),
+        "background_images": len(background["test"]),
+        "test_images": len(test.test_ids),
+    }
+    for name, setup in (("validation", "val"), ("test", "test")):
+        for number in ("top5_all", "top5_novel"):
+            means = [made[setup][str(n)][config.headline][number]["mean"] for n in config.shots]
+            facts[f"{name}_{number.removesuffix('_all')}"] = float(np.mean(means))
+    return facts

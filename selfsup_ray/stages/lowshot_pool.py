@@ -1,0 +1,315 @@
+"""Nodes that all runs of a set-up share, with complete neighbor lists: computed once, read by all.
+
+A block is an array of rows with their lists among themselves: background of other runs, background
+of this corpus, the base images. A pool is one or more blocks joined, background first; its ids
+count through its blocks. A run only adds its few novel images (spec 10.3).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from selfsup_ray.artifacts import Array, ShardedArray, read_json, whole_file, write_json
+from selfsup_ray.cluster.neighbors import Search
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import Resources
+from selfsup_ray.errors import ConfigError
+from selfsup_ray.ops.completion import empty_lists, own_lists, with_rows_both
+from selfsup_ray.ops.neighbors import Neighbors, merge_neighbors
+from selfsup_ray.stages.embed import Embeddings
+from selfsup_ray.stages.graph import Graph
+from selfsup_ray.stages.lowshot_config import FolderConfig
+
+SHARD_ROWS = 65_536
+GROUP_ROWS = 262_144
+"""Rows of a pool that one task of a join takes; fixed, so that finished tasks are kept."""
+_QUERIES = 4096
+
+
+def save_array(path: Path, values: Array) -> None:
+    """Write an .npy file whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.ascontiguousarray(values))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows (n, d), and their lists (n, >= width) with ids that count from 0 in the block.
+
+    images (n,): ids of the corpus, -1 for images of other runs; classes (n,): of base images, -1
+    for all others.
+    """
+
+    rows: ShardedArray
+    ids: ShardedArray
+    similarity: ShardedArray
+    images: Array
+    classes: Array
+
+
+def write_block(
+    folder: Path,
+    source: ShardedArray,
+    images: Array,
+    classes: Array,
+    *,
+    width: int,
+    resources: Resources,
+) -> Block:
+    """Return the block of these images, its rows copied in their order, lists by exact search."""
+    n, cuts = len(images), range(0, len(images), SHARD_ROWS)
+    rows = ShardedArray.create(
+        folder / "rows",
+        shard_rows=[min(SHARD_ROWS, n - start) for start in cuts],
+        row_shape=source.shape[1:],
+        dtype="float32",
+    )
+    for i, start in enumerate(cuts):
+        if not rows.is_written(i):
+            rows.write_shard(i, source.rows(images[start : start + SHARD_ROWS]))
+    ids, similarity = _searched(folder, rows, width=width, resources=resources)
+    return Block(rows, ids, similarity, images, classes)
+
+
+def open_folder(
+    folder: Path, given: FolderConfig, *, dim: int, width: int, resources: Resources
+) -> Block:
+    """Return the block of another run's rows, where they are; lists from its graph or by search.
+
+    Raises ConfigError when the rows have another dimension or the graph does not fit.
+    """
+    rows = Embeddings.open(given.path).array
+    if rows.shape[1] != dim:
+        raise ConfigError(
+            f"The background {given.path} has rows of {rows.shape[1]} numbers, but this run's "
+            f"embeddings have {dim}. Embed both with the same encoder."
+        )
+    unknown = np.full(len(rows), -1, np.int64)
+    if given.graph is None:
+        ids, similarity = _searched(folder, rows, width=width, resources=resources)
+        return Block(rows, ids, similarity, unknown, unknown)
+    graph = Graph.open(given.graph)
+    if len(graph) != len(rows) or graph.ids.shard_rows != rows.shard_rows:
+        raise ConfigError(
+            f"The graph {given.graph} has {len(graph):,} images, but {given.path} has "
+            f"{len(rows):,} rows. Give the graph of exactly these rows."
+        )
+    if graph.k < width:
+        raise ConfigError(
+            f"The graph {given.graph} keeps {graph.k} neighbors, fewer than the {width} that "
+            f"lowshot.k={width + 1} needs beside the image itself. Lower lowshot.k to "
+            f"{graph.k + 1}, or build a wider graph."
+        )
+    return Block(rows, graph.ids, graph.similarity, unknown, unknown)
+
+
+def _searched(
+    folder: Path, rows: ShardedArray, *, width: int, resources: Resources
+) -> tuple[ShardedArray, ShardedArray]:
+    """Return the lists of all rows among themselves, written where they are missing."""
+    ids, similarity = _create_lists(folder, rows.shard_rows, width)
+    written = [ids.is_written(i) and similarity.is_written(i) for i in range(rows.num_shards)]
+    if all(written):
+        return ids, similarity
+    if len(rows) <= width:  # too few for full lists
+        lists = own_lists(np.asarray(rows), k=width)
+        for i, (a, b) in enumerate(zip(rows.offsets, rows.offsets[1:], strict=False)):
+            similarity.write_shard(i, lists.similarity[a:b])
+            ids.write_shard(i, lists.ids[a:b])
+        return ids, similarity
+    with Search(rows, _on_cpus(resources), stage="lowshot") as search:
+        for _ in search.write_lists(ids, similarity):
+            pass
+    return ids, similarity
+
+
+def _create_lists(
+    folder: Path, shard_rows: Sequence[int], width: int
+) -> tuple[ShardedArray, ShardedArray]:
+    """Return the arrays of ids and similarity (n, width), their shards still to be written."""
+    rows, shape = shard_rows, (width,)
+    return (
+        ShardedArray.create(folder / "ids", shard_rows=rows, row_shape=shape, dtype="int32"),
+        ShardedArray.create(
+            folder / "similarity", shard_rows=rows, row_shape=shape, dtype="float32"
+        ),
+    )
+
+
+def _on_cpus(resources: Resources) -> Resources:
+    return Resources(workers=resources.workers, cpus=resources.cpus)
+
+
+def search_block(block: Block, queries: Array, *, k: int, resources: Resources) -> Neighbors:
+    """Return the k nearest rows of a block to each query (n, d); places are empty where it has
+    fewer."""
+    found = empty_lists(len(queries), k)
+    with Search(block.rows, _on_cpus(resources), stage="lowshot") as search:
+        for start in range(0, len(queries), _QUERIES):
+            part = search.search(queries[start : start + _QUERIES], min(k, len(block.rows)))
+            found.ids[start : start + _QUERIES, : part.k] = part.ids
+            found.similarity[start : start + _QUERIES, : part.k] = part.similarity
+    return found
+
+
+class Pool:
+    """Handle on the joined blocks of a set-up: rows, complete lists, lists of the test images."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        manifest = read_json(path / "pool.json")
+        self.blocks = [ShardedArray.open(path / place) for place in manifest["rows"]]
+        self.ids = ShardedArray.open(path / manifest["ids"])
+        self.similarity = ShardedArray.open(path / manifest["similarity"])
+        self.width: int = manifest["width"]
+        self.images: Array = np.load(path / "images.npy")
+        self.classes: Array = np.load(path / "classes.npy")
+        test = (np.load(path / "test_ids.npy"), np.load(path / "test_similarity.npy"))
+        self.test = Neighbors(*test)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def shards(self) -> Iterator[tuple[Neighbors, Array]]:
+        """Yield (lists, rows) of every shard, in order, as memory maps."""
+        places = [(rows, s) for rows in self.blocks for s in range(rows.num_shards)]
+        for i, (rows, s) in enumerate(places):
+            ids, similarity = self.ids.shard(i), self.similarity.shard(i)
+            yield Neighbors(ids[:, : self.width], similarity[:, : self.width]), rows.shard(s)
+
+
+def write_pool(
+    path: Path,
+    blocks: Sequence[Block],
+    tests: Sequence[Neighbors],
+    *,
+    width: int,
+    k: int,
+    resources: Resources,
+) -> Pool:
+    """Join blocks into the pool in a folder; return the handle.
+
+    tests: the lists (n_t, >= k) of the test images in each block. The joins run as tasks over
+    groups of shards; finished groups of an interrupted run are kept.
+    """
+    if (path / "pool.json").exists():
+        return Pool(path)
+    ids, similarity = blocks[0].ids, blocks[0].similarity
+    for j in range(1, len(blocks)):
+        join = Join(path / f"join{j}", blocks[: j + 1], ids.path, similarity.path, width)
+        ids, similarity = join.run(resources)
+    first = np.cumsum([0, *(len(block.rows) for block in blocks)])
+    shifted = [
+        Neighbors(np.where(t.ids >= 0, t.ids + a, -1), t.similarity)
+        for t, a in zip(tests, first, strict=False)
+    ]
+    merged = merge_neighbors(shifted, k=k)
+    save_array(path / "test_ids.npy", merged.ids)
+    save_array(path / "test_similarity.npy", merged.similarity)
+    save_array(path / "images.npy", np.concatenate([block.images for block in blocks]))
+    save_array(path / "classes.npy", np.concatenate([block.classes for block in blocks]))
+    manifest = {
+        "rows": [os.path.relpath(block.rows.path, path) for block in blocks],
+        "ids": os.path.relpath(ids.path, path),
+        "similarity": os.path.relpath(similarity.path, path),
+        "width": width,
+    }
+    write_json(path / "pool.json", manifest)
+    return Pool(path)
+
+
+class Join:
+    """Adds the last of some blocks to the others, whose lists are complete among themselves."""
+
+    def __init__(
+        self, path: Path, blocks: Sequence[Block], ids: Path, similarity: Path, width: int
+    ) -> None:
+        self.path, self.width = path.resolve(), width
+        self.rows = [block.rows.path.resolve() for block in blocks]
+        self.new = (blocks[-1].ids.path.resolve(), blocks[-1].similarity.path.resolve())
+        self.old = (ids.resolve(), similarity.resolve())
+        self.sizes = [block.rows.shard_rows for block in blocks]
+        self.first_new = sum(sum(sizes) for sizes in self.sizes[:-1])
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(block, shard) of every old shard, in order."""
+        return [(b, s) for b, sizes in enumerate(self.sizes[:-1]) for s in range(len(sizes))]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The old shards of each task."""
+        groups: list[list[int]] = [[]]
+        held = 0
+        for i, (b, s) in enumerate(self.places):
+            if groups[-1] and held + self.sizes[b][s] > GROUP_ROWS:
+                groups.append([])
+                held = 0
+            groups[-1].append(i)
+            held += self.sizes[b][s]
+        return groups
+
+    def partial(self, group: int) -> Path:
+        """Return the file of the new rows' lists among one group's rows."""
+        return self.path / "partial" / f"{group:05d}.npz"
+
+    def run(self, resources: Resources) -> tuple[ShardedArray, ShardedArray]:
+        """Return the lists of all rows, old and new, written where they are missing."""
+        flat = [rows for sizes in self.sizes for rows in sizes]
+        ids, similarity = _create_lists(self.path, flat, self.width)
+        if not all(ids.is_written(i) for i in range(ids.num_shards)):
+            missing = [g for g in range(len(self.groups)) if not self.partial(g).exists()]
+            for _ in map_shards(self, missing, _on_cpus(resources), label="lowshot: join"):
+                pass
+            self._write_new(ids, similarity)
+        shutil.rmtree(self.path / "partial", ignore_errors=True)
+        return ids, similarity
+
+    def __call__(self, group: int) -> None:
+        """Write the lists of one group's rows, and the new rows' lists among them."""
+        rows = [ShardedArray.open(path) for path in self.rows]
+        old = [ShardedArray.open(path) for path in self.old]
+        out = [ShardedArray.open(self.path / name) for name in ("ids", "similarity")]
+        offsets = out[0].offsets
+        new = rows[-1]
+        found = [empty_lists(n, self.width) for n in new.shard_rows]
+        for i in self.groups[group]:
+            b, s = self.places[i]
+            lists = Neighbors(*[array.shard(i)[:, : self.width] for array in old])
+            for t, first in enumerate(new.offsets[:-1]):
+                lists, found[t] = with_rows_both(
+                    lists,
+                    rows[b].shard(s),
+                    found[t],
+                    new.shard(t),
+                    first_old=int(offsets[i]),
+                    first_new=self.first_new + int(first),
+                )
+            out[1].write_shard(i, lists.similarity)
+            out[0].write_shard(i, lists.ids.astype(np.int32))
+        stacked = np.concatenate([part.ids for part in found]).astype(np.int32)
+        values = np.concatenate([part.similarity for part in found])
+        with whole_file(self.partial(group)) as temporary, open(temporary, "wb") as file:
+            np.savez(file, ids=stacked, similarity=values)
+
+    def _write_new(self, ids: ShardedArray, similarity: ShardedArray) -> None:
+        """Merge the new rows' lists among themselves with those of every group."""
+        own = [ShardedArray.open(path) for path in self.new]
+        parts = [np.load(self.partial(g)) for g in range(len(self.groups))]
+        loaded = [Neighbors(part["ids"], part["similarity"]) for part in parts]
+        num_old = len(self.places)
+        for t in range(own[0].num_shards):
+            here = slice(int(own[0].offsets[t]), int(own[0].offsets[t + 1]))
+            among = own[0].shard(t)[:, : self.width].astype(np.int64)
+            among = np.where(among >= 0, among + self.first_new, -1)
+            lists = [Neighbors(among, own[1].shard(t)[:, : self.width])]
+            lists += [Neighbors(part.ids[here], part.similarity[here]) for part in loaded]
+            merged = merge_neighbors(lists, k=self.width)
+            similarity.write_shard(num_old + t, merged.similarity)
+            ids.write_shard(num_old + t, merged.ids.astype(np.int32))
