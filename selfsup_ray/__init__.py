@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from selfsup_ray.stages.export import ExportConfig, export
     from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
     from selfsup_ray.stages.ingest import IngestConfig, ingest
+    from selfsup_ray.stages.lowshot import LowShot, low_shot
+    from selfsup_ray.stages.lowshot_config import LowShotConfig
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
     from selfsup_ray.stages.probe import ProbeConfig, probe
     from selfsup_ray.stages.reduce import ReduceConfig, Reduced, reduce
@@ -52,6 +54,8 @@ _HOMES = {
     "stages.export": ["ExportConfig", "export"],
     "stages.graph": ["Graph", "GraphConfig", "build_graph"],
     "stages.ingest": ["IngestConfig", "ingest"],
+    "stages.lowshot": ["LowShot", "low_shot"],
+    "stages.lowshot_config": ["LowShotConfig"],
     "stages.pretext": ["PretextConfig", "pretrain"],
     "stages.probe": ["ProbeConfig", "probe"],
     "stages.reduce": ["ReduceConfig", "Reduced", "reduce"],
@@ -76,6 +80,8 @@ __all__ = [
     "Graph",
     "GraphConfig",
     "IngestConfig",
+    "LowShot",
+    "LowShotConfig",
     "MoCoConfig",
     "PretextConfig",
     "ProbeConfig",
@@ -93,6 +99,7 @@ __all__ = [
     "evaluate",
     "export",
     "ingest",
+    "low_shot",
     "open",
     "ops",
     "plan",

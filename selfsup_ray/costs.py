@@ -156,6 +156,8 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
             return _graph(experiment, num_images)
         case "probe":
             return _probe(experiment, num_images)
+        case "lowshot":
+            return _lowshot(experiment, num_images)
     return _tables(experiment, num_images)
 
 
@@ -311,6 +313,21 @@ def _probe(e: Experiment, n: int) -> Cost:
         memory_bytes=WORKER_BYTES + n * dim * 4,
         disk_bytes=1_000_000,
         assumes=f"every labelled embedding in memory, d={dim} at most; minutes",
+    )
+
+
+def _lowshot(e: Experiment, n: int) -> Cost:
+    assert e.lowshot is not None
+    made, dim = e.lowshot, _searched_dim(e)
+    ask = made.resources
+    # Both set-ups search their own images once: about half of the pairs each.
+    seconds = 2.0 * n * n * dim / (SEARCH_FLOPS * ask.cpus * max(ask.workers, 1))
+    return Cost(
+        memory_bytes=WORKER_BYTES + n * (dim * 4 + made.k * 16),
+        disk_bytes=2 * n * (dim * 4 + made.k * 8),
+        seconds=seconds if seconds > 600 else None,
+        assumes=f"{len(made.shots) * len(made.seeds)} runs of each set-up, d={dim} at most; the "
+        f"search alone takes {seconds:,.0f} s, the grid of the linear classifier adds to it",
     )
 
 

@@ -15,6 +15,7 @@ from selfsup_ray.stages.evaluate import EvaluateConfig
 from selfsup_ray.stages.export import ExportConfig
 from selfsup_ray.stages.graph import GraphConfig
 from selfsup_ray.stages.ingest import IngestConfig
+from selfsup_ray.stages.lowshot_config import LowShotConfig
 from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.stages.probe import ProbeConfig
 from selfsup_ray.stages.reduce import ReduceConfig
@@ -31,6 +32,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "scan": ("ingest", "pretext", "graph"),
     "selflabel": ("ingest", "scan"),
     "probe": ("ingest", "embed"),
+    "lowshot": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
     "export": ("ingest", "pretext"),
 }
@@ -38,6 +40,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 USES: dict[str, tuple[str, ...]] = {
     "graph": ("reduce",),
+    "lowshot": ("reduce",),
     "evaluate": ("graph", "scan", "selflabel"),
     "export": ("scan", "selflabel"),
 }
@@ -61,6 +64,7 @@ class Experiment:
     scan: ScanConfig | None = None
     selflabel: SelfLabelConfig | None = None
     probe: ProbeConfig | None = None
+    lowshot: LowShotConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
 

@@ -178,8 +178,9 @@ def _state(
 
 def _require_same_inputs(folder: Path, found: Progress, known: set[str]) -> None:
     for name, fingerprint in found.inputs.items():
-        # `labels` is a digest of the corpus's, which the embeddings' own check covers.
-        if name != "labels" and fingerprint not in known:
+        # `labels` is a digest of the corpus's, which the embeddings' own check covers; `background`
+        # is of other runs.
+        if name not in ("labels", "background") and fingerprint not in known:
             raise ArtifactError(
                 f"{folder} was built from another {name} ({fingerprint[:12]}) than is there now. "
                 f"Choose another `out`, or delete the folder to rebuild it."

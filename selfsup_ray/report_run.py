@@ -38,7 +38,7 @@ ORDER = (
         "selflabel",
         "diffuse",
     ),
-    *("probe", "evaluate", "export"),
+    *("probe", "lowshot", "evaluate", "export"),
 )
 """Stages in the order of the data flow; others follow by name."""
 CLUSTERERS = ("scan", "sela", "selflabel")

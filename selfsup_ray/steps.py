@@ -18,6 +18,7 @@ from selfsup_ray.stages.evaluate import Evaluation, evaluate_run
 from selfsup_ray.stages.export import Exported, export
 from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
+from selfsup_ray.stages.lowshot import LowShot, low_shot
 from selfsup_ray.stages.pretext import pretrain
 from selfsup_ray.stages.probe import Probe, probe
 from selfsup_ray.stages.reduce import Reduced, reduce
@@ -32,7 +33,16 @@ log = logging.getLogger(__name__)
 Folders = Callable[[str], Path]
 """Stage name -> the folder that stage owns."""
 Artifact = (
-    Corpus | Encoder | Embeddings | Reduced | Graph | Clusterer | Probe | Evaluation | Exported
+    Corpus
+    | Encoder
+    | Embeddings
+    | Reduced
+    | Graph
+    | Clusterer
+    | Probe
+    | LowShot
+    | Evaluation
+    | Exported
 )
 
 CLUSTERINGS = ("scan", "selflabel")
@@ -47,6 +57,7 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "scan": Clusterer.open,
     "selflabel": Clusterer.open,
     "probe": Probe.open,
+    "lowshot": LowShot.open,
     "evaluate": Evaluation.open,
     "export": Exported.open,
 }
@@ -124,6 +135,24 @@ def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     probe(Embeddings.open(at("embed")), corpus.labels, e.probe, out=at("probe"), tracker=tracker)
 
 
+def _lowshot(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    assert e.lowshot is not None
+    corpus, embeddings = Corpus.open(at("ingest")), Embeddings.open(at("embed"))
+    if not corpus.has_labels:
+        log.warning("lowshot: left out, since no image has a label")
+        return
+    low_shot(
+        searched(e, at),
+        corpus.labels,
+        e.lowshot,
+        out=at("lowshot"),
+        linear_features=embeddings if "reduce" in e.stages else None,
+        sources=corpus.sources,
+        class_names=corpus.class_names,
+        tracker=tracker,
+    )
+
+
 def _evaluate(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     evaluate_run(
         {name: Clusterer.open(at(name)) for name in CLUSTERINGS if name in e.stages},
@@ -152,6 +181,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "scan": _scan,
     "selflabel": _selflabel,
     "probe": _probe,
+    "lowshot": _lowshot,
     "evaluate": _evaluate,
     "export": _export,
 }

@@ -9,6 +9,7 @@ STAGES = (
     "scan",
     "selflabel",
     "probe",
+    "lowshot",
     "evaluate",
     "export",
 )

@@ -49,6 +49,7 @@ from selfsup_ray.stages.lowshot_table import (
     write_tables,
 )
 from selfsup_ray.stages.lowshot_units import Unit, Work, save_images
+from selfsup_ray.stages.reduce import Reduced
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -93,15 +94,18 @@ def low_shot(
     config: LowShotConfig,
     *,
     out: Path | str,
+    linear_features: Features | None = None,
     sources: Sources | None = None,
     class_names: list[str] | None = None,
     tracker: Tracker | None = None,
 ) -> LowShot:
     """Run the protocol on embeddings with labels; return the handle on its table.
 
-    labels: (N,), -1 unknown; sources: where each image came from, for lowshot.test.pattern;
-    class_names: for messages and for a split file with names. Nothing of the test set-up's labels
-    chooses anything. Raises ConfigError when classes, shots or background do not fit the images.
+    labels: (N,), -1 unknown. linear_features: rows of the same images that the linear classifier
+    learns from instead, such as those before a reduction. sources: where each image came from, for
+    lowshot.test.pattern; class_names: for messages and a split file with names. Nothing of the
+    test set-up's labels chooses anything. Raises ConfigError when classes, shots or background do
+    not fit the images.
     """
     out, began = Path(out), time.monotonic()
     known = label_array(labels)
@@ -111,6 +115,8 @@ def low_shot(
     images = images_of_setups(known, is_test, config, class_names=class_names)
     background = _background_ids(images, known, is_test, config, features)
     inputs = {"features": features.fingerprint, "labels": _digest(known, is_test)}
+    if linear_features is not None:
+        inputs["linear"] = linear_features.fingerprint
     if folders := _folder_fingerprints(config):
         inputs["background"] = folders
     if begin(out, stage="lowshot", config=config, inputs=inputs):
@@ -119,7 +125,7 @@ def low_shot(
     for name, made in images.items():
         save_images(out / name, made)
         _write_pools(out, made, background[name], features, config)
-    explored, final, chosen = _run_units(out, features, config)
+    explored, final, chosen = _run_units(out, features, linear_features or features, config)
     rates = {unit: rates_of(config, chosen[unit.n], found) for unit, found in final.items()}
     made_table = table(config, rates, chosen)
     write_results(out / "results.csv", rates)
@@ -164,14 +170,8 @@ def _background_ids(
     empty = np.empty(0, np.int64)
     if "diffusion_background" not in config.methods:
         return dict.fromkeys(images, empty)
-    own = _encoder(features)
     for folder in config.background.folders:
-        other = _encoder(Embeddings.open(folder.path))
-        if own is not None and other is not None and own != other:
-            raise ConfigError(
-                f"The background {folder.path} was embedded by another encoder ({other[:12]}, this "
-                f"run's is {own[:12]}). Embed it with this run's encoder."
-            )
+        _require_same_space(features, folder.path)
     found = {
         name: made.background(config.background, labels, is_test) for name, made in images.items()
     }
@@ -185,14 +185,28 @@ def _background_ids(
     return found
 
 
-def _encoder(features: Features) -> str | None:
-    """Return the fingerprint of the encoder that made embeddings; None where it is not known."""
-    folder = getattr(features, "path", None)
-    if folder is None or not (Path(folder) / "config.yaml").exists():
-        return None
-    inputs = yaml.safe_load((Path(folder) / "config.yaml").read_text()).get("inputs", {})
-    found = inputs.get("encoder")
-    return None if found is None else str(found)
+def _require_same_space(features: Features, path: Path) -> None:
+    """Raise ConfigError when another run's rows come from another encoder or reduction."""
+    own, other = (_origin(Path(p)) for p in (getattr(features, "path", path), path))
+    for what in own.keys() & other.keys():
+        if own[what] != other[what]:
+            raise ConfigError(
+                f"The background {path} was made by another {what} ({other[what][:12]}, this run's "
+                f"is {own[what][:12]}). Make it with this run's {what}."
+            )
+
+
+def _origin(path: Path) -> dict[str, str]:
+    """Return fingerprints of what made rows, where they are known: the encoder, the reduction."""
+    if not (path / "config.yaml").exists():
+        return {}
+    made = yaml.safe_load((path / "config.yaml").read_text())
+    if made["stage"] != "reduce":
+        encoder = made["inputs"].get("encoder")
+        return {} if encoder is None else {"encoder": str(encoder), "reduction": "none"}
+    transform = Reduced.open(path).transform
+    digest = hashlib.sha256(transform.matrix.tobytes() + transform.mean.tobytes())
+    return {"reduction": digest.hexdigest()}
 
 
 def _write_pools(
@@ -228,14 +242,15 @@ def _write_pools(
 
 
 def _run_units(
-    out: Path, features: Features, config: LowShotConfig
+    out: Path, features: Features, linear: Features, config: LowShotConfig
 ) -> tuple[dict[Unit, dict[str, Any]], dict[Unit, dict[str, Any]], dict[int, Chosen]]:
     """Return what every unit found, explored and final, and the hyper-parameters of each n."""
     units = {
         setup: tuple(Unit(setup, n, seed) for n in config.shots for seed in config.seeds)
         for setup in SETUPS
     }
-    place = (out.absolute(), features.array.path.absolute(), config)
+    paths = [each.array.path.absolute() for each in (features, linear)]
+    place = (out.absolute(), paths[0], paths[1], config)
     explore = Work(*place, units["val"])
     _run(explore, config.resources, label="lowshot: validation")
     explored = explore.results()

@@ -66,9 +66,12 @@ def open_images(folder: Path) -> SetupImages:
 class Run:
     """The labelled images of one unit, and the classifiers that learn from them."""
 
-    def __init__(self, out: Path, features: Path, config: LowShotConfig, unit: Unit) -> None:
+    def __init__(
+        self, out: Path, features: Path, linear: Path, config: LowShotConfig, unit: Unit
+    ) -> None:
         self.out, self.config, self.unit = out, config, unit
         self.rows = ShardedArray.open(features)
+        self.linear_rows = ShardedArray.open(linear)
         self.images = open_images(out / unit.setup)
         chosen = self.images.novel(n=unit.n, seed=unit.seed, draw=config.draw)
         self.novel_ids = self.images.train_ids[chosen]
@@ -135,17 +138,17 @@ class Run:
         places = self.images.base
         ids = np.concatenate([self.images.train_ids[places], self.novel_ids])
         classes = np.concatenate([self.images.train_classes[places], self.novel_classes])
-        return self.rows.rows(ids), classes
+        return self.linear_rows.rows(ids), classes
 
     @property
     def _scale(self) -> float:
         root = self.config.logistic.row_length == "root_dim"
-        return float(np.sqrt(self.rows.shape[1])) if root else 1.0
+        return float(np.sqrt(self.linear_rows.shape[1])) if root else 1.0
 
     def linear(self, rates: list[Rate], batch_size: int, iterations: int) -> Iterator[Array]:
         """Yield the (n_t, G, C) log-probabilities of the test images at every evaluation."""
         rows, classes = self.labelled
-        test = self.test_rows * np.float32(self._scale)
+        test = self.linear_rows.rows(self.images.test_ids) * np.float32(self._scale)
         unit = self.unit
         states = train_balanced(
             rows * np.float32(self._scale),
@@ -197,6 +200,7 @@ class Work:
 
     out: Path
     features: Path
+    linear: Path
     config: LowShotConfig
     units: tuple[Unit, ...]
     chosen: dict[int, Chosen] | None = None
@@ -217,7 +221,7 @@ class Work:
 
     def __call__(self, i: int) -> None:
         unit, threads = self.units[i], torch.get_num_threads()
-        run, began = Run(self.out, self.features, self.config, unit), time.monotonic()
+        run, began = Run(self.out, self.features, self.linear, self.config, unit), time.monotonic()
         torch.set_num_threads(run.threads)  # sums may round otherwise on another number
         try:
             found = _explored(run) if self.chosen is None else _final(run, self.chosen[unit.n])
