@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from math import isqrt
+from pathlib import Path
 from typing import Literal
 
-from selfsup_ray.config import NonNegative, Positive, config
+import numpy as np
+
+from selfsup_ray.artifacts import ShardedArray, read_json, write_json
+from selfsup_ray.config import NonNegative, Positive, config, to_dict
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.ops.approximate import HNSW, IVF, require_trainable
+from selfsup_ray.ops.index import require_gpu_faiss
+from selfsup_ray.ops.pieces import PieceFiles
 
 
 @config
@@ -77,3 +86,72 @@ class HNSWConfig:
 
 SearchConfig = ExactConfig | IVFConfig | HNSWConfig
 """The methods of `Search`, told apart by `name`."""
+
+
+def index_files(
+    array: ShardedArray,
+    method: SearchConfig,
+    *,
+    only: Path | None,
+    folder: Path | None,
+    gpus: float,
+) -> PieceFiles | None:
+    """Return where an approximate index lies and how it is built; None for exact search.
+
+    Claims the folder for this index. Raises ConfigError when the rows do not suit the method, and
+    ArtifactError when the folder holds an index of another kind.
+    """
+    if gpus:
+        require_gpu_faiss(method.name)
+    if isinstance(method, ExactConfig):
+        return None
+    assert folder is not None, "an approximate index needs a folder"
+    n = len(array) if only is None else len(np.load(only, mmap_mode="r"))
+    recipe, train_rows = _recipe(method, n)
+    if isinstance(recipe, IVF):
+        require_trainable(recipe, dim=array.shape[1], rows=train_rows)
+    _claim(folder, {"method": to_dict(method), "rows": n, "only": _digest(only)})
+    return PieceFiles(
+        array.path.resolve(),
+        folder.resolve(),
+        recipe,
+        n=n,
+        piece_rows=method.piece_rows,
+        rerank=method.rerank,
+        train_rows=train_rows,
+        only=only.resolve() if only else None,
+    )
+
+
+def _recipe(method: IVFConfig | HNSWConfig, n: int) -> tuple[IVF | HNSW, int]:
+    """Return the plain numbers of an index over n rows, and how many rows it is trained on."""
+    match method:
+        case HNSWConfig():
+            return HNSW(method.links, method.ef_construction, method.ef_search), 0
+        case IVFConfig():
+            lists = method.lists(n)
+            recipe = IVF(
+                lists,
+                method.probes(n),
+                storage=method.storage,
+                pq_bytes=method.pq_bytes,
+                rotate=method.rotate,
+                iterations=method.iterations,
+                seed=method.seed,
+            )
+            return recipe, min(n, lists * method.train_sample)
+
+
+def _claim(folder: Path, wanted: dict[str, object]) -> None:
+    path = folder / "index.json"
+    if not path.exists():
+        return write_json(path, wanted)
+    if read_json(path) != wanted:
+        raise ArtifactError(
+            f"{folder} holds an index built with {read_json(path)}, but this run asks for "
+            f"{wanted}. Choose another folder, or delete it to build the index again."
+        )
+
+
+def _digest(only: Path | None) -> str | None:
+    return None if only is None else hashlib.sha256(only.read_bytes()).hexdigest()

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from selfsup_ray.artifacts import Array, ShardedArray
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, merge_neighbors, pair_similarity
 
 log = logging.getLogger(__name__)
 
 _EXTRA = 5  # fetched beyond k, so that float32 errors around the k-th place can be settled
 _ROWS_READ = 65536
-_NONE = np.iinfo(np.int64).max
+NO_ID = int(np.iinfo(np.int64).max)
+"""In a list that found too few: no neighbor. It sorts behind every id."""
 
 
 class IndexShard:
@@ -40,14 +41,16 @@ class IndexShard:
         stop: int,
         only: Path | None = None,
         threads: int | None = None,
+        gpu: bool = False,
     ) -> None:
         """Stand for rows [start, stop) of the ShardedArray in a folder.
 
         only: a .npy file with ascending ids; [start, stop) then counts in this list.
         threads: OpenMP threads of faiss in this process; None leaves them as they are.
+        gpu: hold the rows on the first GPU too.
         """
         self.path, self.start, self.stop = path, start, stop
-        self.only, self.threads = only, threads
+        self.only, self.threads, self.gpu = only, threads, gpu
 
     @cached_property
     def flat(self) -> FlatIndex:
@@ -55,7 +58,8 @@ class IndexShard:
         ids = np.arange(self.start, self.stop)
         if self.only is not None:
             ids = np.load(self.only)[self.start : self.stop]
-        return FlatIndex(ShardedArray.open(self.path), ids, threads=self.threads)
+        array = ShardedArray.open(self.path)
+        return FlatIndex(array, ids, threads=self.threads, gpu=self.gpu)
 
     def search(self, queries: Array, k: int) -> Neighbors:
         """Return the min(k, number of rows) nearest rows of each query, by global id.
@@ -71,7 +75,7 @@ class IndexShard:
         """
         ids = np.arange(start, stop)
         queries = ShardedArray.open(path).rows(ids)
-        _finite_norms(queries, path, ids)
+        finite_norms(queries, path, ids)
         return self.flat.search(queries, k)
 
 
@@ -82,18 +86,22 @@ class FlatIndex:
     queries whose k-th place the error of float32 leaves open are searched in float64.
     """
 
-    def __init__(self, array: ShardedArray, ids: Array, *, threads: int | None = None) -> None:
+    def __init__(
+        self, array: ShardedArray, ids: Array, *, threads: int | None = None, gpu: bool = False
+    ) -> None:
         """Read the rows of these ascending ids. Raises ArtifactError when one is not finite."""
         assert array.dtype == np.float32, f"{array.path}: {array.dtype} rows, want float32"
         self.dim = int(array.shape[1])
         self.index, self.rows = _flat_index(len(ids), self.dim, threads)
         self.max_norm = _read(array, ids, into=self.rows)
-        order, self.group_starts = group_equal_rows(self.rows)
-        self.members = ids[order]  # group by group, ascending within a group
-        self._keep_first(order[self.group_starts[:-1]])
+        order, starts = group_equal_rows(self.rows)
+        self.equal = EqualRows(ids[order], starts)
+        self._keep_first(order[starts[:-1]])
+        if gpu:
+            self.index = on_gpu(self.index)
 
     def _keep_first(self, first: Array) -> None:
-        """Index equal rows once: thousands of blank images would tie with each other otherwise.
+        """Index equal rows once.
 
         first: the position of each group's first row, ascending: rows only move to the front.
         """
@@ -110,11 +118,11 @@ class FlatIndex:
         """Return the min(k, number of rows) nearest rows of each query (n, d), by id."""
         queries = np.ascontiguousarray(queries, np.float32)
         assert np.isfinite(queries).all(), "queries must be finite"
-        k = min(k, len(self.members))
+        k = min(k, len(self.equal.members))
         if not k or not len(queries):
             shape = (len(queries), k)
             return Neighbors(np.empty(shape, np.int64), np.empty(shape, np.float32))
-        return self._expand(self._distinct(queries, min(k, len(self.rows))), k)
+        return self.equal.expand(self._distinct(queries, min(k, len(self.rows))), k)
 
     def _distinct(self, queries: Array, k: int) -> Neighbors:
         """Return the k nearest distinct rows, by position in `self.rows`."""
@@ -142,29 +150,59 @@ class FlatIndex:
             found.ids[open_], found.similarity[open_] = settled.ids, settled.similarity
         return found
 
-    def _expand(self, found: Neighbors, k: int) -> Neighbors:
-        """Return lists of ids from lists of distinct rows: each stands for all its equals."""
-        first, counts = self.group_starts[found.ids], np.diff(self.group_starts)[found.ids]
-        ids, similarity = self.members[first], found.similarity
-        if len(self.rows) == len(self.members):
+
+class EqualRows:
+    """Groups of equal rows, each held once: thousands of blank images would tie with each other.
+
+    members: (n,) the ids, group by group, ascending within a group; starts: (groups + 1,) int64.
+    """
+
+    def __init__(self, members: Array, starts: Array) -> None:
+        self.members, self.starts = members, starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def expand(self, found: Neighbors, k: int) -> Neighbors:
+        """Return lists of k ids from lists of groups: each stands for all its equals.
+
+        NO_ID in place of a group is passed on, with its similarity.
+        """
+        is_group = found.ids != NO_ID
+        groups = np.where(is_group, found.ids, 0)
+        first = self.starts[groups]
+        ids, similarity = np.where(is_group, self.members[first], NO_ID), found.similarity
+        if len(self) == len(self.members):
             return Neighbors(ids, similarity)
+        counts = np.where(is_group, self.starts[groups + 1] - first, 1)
         out = Neighbors(np.empty((len(ids), k), np.int64), np.empty((len(ids), k), np.float32))
         step = 512
         for i in range(0, len(ids), step):
             here = slice(i, i + step)
             parts = [Neighbors(ids[here], similarity[here])]
-            for j in range(1, min(k, int(counts[here].max()))):
+            for j in range(1, min(k, int(counts[here].max(initial=1)))):
                 has = counts[here] > j
                 member = self.members[np.where(has, first[here] + j, 0)]
                 parts.append(
                     Neighbors(
-                        np.where(has, member, _NONE),
+                        np.where(has, member, NO_ID),
                         np.where(has, similarity[here], np.float32(-np.inf)),
                     )
                 )
-            merged = merge_neighbors(parts, k=k)
+            merged = padded(merge_neighbors(parts, k=k), k)
             out.ids[here], out.similarity[here] = merged.ids, merged.similarity
         return out
+
+
+def padded(found: Neighbors, k: int) -> Neighbors:
+    """Return lists of k entries, NO_ID with similarity -inf where there are no more."""
+    missing = k - found.k
+    if missing <= 0:
+        return found
+    return Neighbors(
+        np.pad(found.ids, ((0, 0), (0, missing)), constant_values=NO_ID),
+        np.pad(found.similarity, ((0, 0), (0, missing)), constant_values=-np.inf),
+    )
 
 
 def _flat_index(n: int, dim: int, threads: int | None) -> tuple[Any, Array]:
@@ -188,6 +226,41 @@ def _flat_index(n: int, dim: int, threads: int | None) -> tuple[Any, Array]:
     if n == 0:
         return index, np.empty((0, dim), np.float32)
     return index, faiss.rev_swig_ptr(index.get_xb(), n * dim).reshape(n, dim)
+
+
+def on_gpu(index: Any) -> Any:
+    """Return a faiss index on the first GPU. Raises ConfigError when there is none."""
+    import faiss
+
+    if not faiss.get_num_gpus():
+        raise ConfigError(
+            "resources.gpus asks for a GPU index, but faiss sees no GPU here. Check the driver, "
+            "or set resources.gpus to 0."
+        )
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+
+
+def require_gpu_faiss(method: str) -> None:
+    """Raise ConfigError unless faiss here can make a GPU index of this method.
+
+    Whether a GPU is there is for the actor that gets it to say.
+    """
+    if method == "hnsw":
+        raise ConfigError(
+            "method=hnsw searches on CPUs only. Set resources.gpus to 0, or choose exact or ivf."
+        )
+    try:
+        import faiss
+    except ImportError:
+        raise ConfigError(
+            "resources.gpus asks for a GPU index, but faiss is not installed. "
+            "Install faiss-gpu, or set resources.gpus to 0."
+        ) from None
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ConfigError(
+            f"resources.gpus asks for a GPU index, but faiss {faiss.__version__} was built without "
+            f"GPU code. Install faiss-gpu, or set resources.gpus to 0."
+        )
 
 
 def group_equal_rows(rows: Array) -> tuple[Array, Array]:
@@ -231,12 +304,12 @@ def _read(array: ShardedArray, ids: Array, *, into: Array) -> float:
         part = ids[i : i + _ROWS_READ]
         rows = into[i : i + len(part)]
         rows[:] = array.rows(part)
-        norms = _finite_norms(rows, array.path, part)
+        norms = finite_norms(rows, array.path, part)
         largest = max(largest, float(norms.max()))
     return largest
 
 
-def _finite_norms(rows: Array, path: Path, ids: Array) -> Array:
+def finite_norms(rows: Array, path: Path, ids: Array) -> Array:
     """Return the lengths (n,) of rows. Raises ArtifactError naming the first that is not finite."""
     norms: Array = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
     if not np.isfinite(norms).all():
