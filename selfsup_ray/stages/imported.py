@@ -1,0 +1,214 @@
+"""Published features and graphs brought into folders that the stages read, shard by shard."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsup_ray.artifacts import Array, ShardedArray, begin, finish, require_disk
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import NonNegative, Positive, Resources, config
+from selfsup_ray.data.published import FeatureBlocks, open_rows, sampled_digest
+from selfsup_ray.data.published_graph import (
+    StoredGraph,
+    checked_rows,
+    open_graph,
+    self_column,
+    without_column,
+)
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.ops.pca import unit_rows
+from selfsup_ray.stages.embed import Embeddings
+from selfsup_ray.stages.graph import Features, Graph, measure_recall
+
+log = logging.getLogger(__name__)
+
+
+@config
+class ImportFeaturesConfig:
+    """How a matrix of features becomes an embeddings folder."""
+
+    dim: Positive | None = None
+    """Numbers in a row; only a raw matrix needs it."""
+    rows: Positive | None = None
+    """Only the first that many rows."""
+    normalize: bool = True
+    """Divide each row by its length, as the graph wants it; published features are not unit rows.
+    False keeps them as they are, for `reduce` to center first."""
+    shard_rows: Positive = 65_536
+    """Rows of a shard: what a worker holds."""
+    resources: Resources = Resources(workers=0)
+    """Workers that convert one shard at a time each; 0 converts in this process."""
+
+
+@config
+class ImportGraphConfig:
+    """How a published graph becomes a graph folder."""
+
+    k: Positive | None = None
+    """Entries of a row in the file, the image itself included; None reads it from the name."""
+    columns: Positive | None = None
+    """Only the first that many entries of each row."""
+    shard_rows: Positive = 65_536
+    """Rows of a shard, unless `features` gives its own."""
+    recall_sample: Positive = 1000
+    """Images whose lists are checked exactly, where the features are given too."""
+    seed: NonNegative = 0
+    """Chooses those images."""
+    resources: Resources = Resources(workers=0)
+    """Workers that convert one shard at a time each; 0 converts in this process."""
+
+
+def import_features(
+    paths: Path | Sequence[Path],
+    config: ImportFeaturesConfig | None = None,
+    *,
+    out: Path | str,
+) -> Embeddings:
+    """Return a raw float32 matrix, HDF5 blocks or a faiss index as embeddings, copied once.
+
+    Labels of HDF5 blocks come along as the array `labels` (N,). Shards that an interrupted import
+    wrote are kept. Raises ArtifactError when a file does not fit or a number is not finite.
+    """
+    config, out, began = config or ImportFeaturesConfig(), Path(out), time.monotonic()
+    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    inputs = {"files": sampled_digest(files)}
+    if begin(out, stage="embed", config=config, inputs=inputs):
+        return Embeddings.open(out)
+    n, dim = open_rows(files, dim=config.dim, num_rows=config.rows).shape
+    require_disk(out, size_bytes=n * dim * 4)
+    rows = _created(out / "rows", n, (dim,), "float32", config.shard_rows)
+    missing = [i for i in range(rows.num_shards) if not rows.is_written(i)]
+    work = partial(_copy_rows, [path.absolute() for path in files], rows.path.absolute(), config)
+    for _ in map_shards(work, missing, config.resources, label="import"):
+        pass
+    facts: dict[str, Any] = {"images": n, "dim": dim, "files": [path.name for path in files]}
+    facts["labels"] = _import_labels(files, out / "labels", rows)
+    seconds = time.monotonic() - began
+    finish(out, stage="embed", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    log.info("import: %s rows, d=%d, %.1f s", f"{n:,}", dim, seconds)
+    return Embeddings.open(out)
+
+
+def _created(
+    path: Path, n: int, row_shape: tuple[int, ...], dtype: str, rows: int | Sequence[int]
+) -> ShardedArray:
+    sizes = _cut(n, rows) if isinstance(rows, int) else list(rows)
+    return ShardedArray.create(path, shard_rows=sizes, row_shape=row_shape, dtype=dtype)
+
+
+def _cut(n: int, rows: int) -> list[int]:
+    return [min(rows, n - start) for start in range(0, n, rows)]
+
+
+def _copy_rows(files: list[Path], out: Path, config: ImportFeaturesConfig, shard: int) -> None:
+    """Write one shard of rows."""
+    array = ShardedArray.open(out)
+    start, stop = int(array.offsets[shard]), int(array.offsets[shard + 1])
+    rows = open_rows(files, dim=config.dim, num_rows=config.rows).read(start, stop)
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise ArtifactError(
+            f"{files[0]}: row {start + int(finite.argmin()):,} holds a number that is not finite. "
+            f"It is damaged, or no float32 matrix of {array.shape[1]} numbers a row."
+        )
+    array.write_shard(shard, unit_rows(rows) if config.normalize else rows)
+
+
+def _import_labels(files: list[Path], out: Path, rows: ShardedArray) -> bool:
+    """Write the labels of HDF5 blocks, cut as the rows are; return whether there were any."""
+    if files[0].suffix not in (".h5", ".hdf5"):
+        return False
+    blocks = FeatureBlocks(files)
+    labels = _created(out, len(rows), (), "int64", rows.shard_rows)
+    for i in range(labels.num_shards):
+        labels.write_shard(i, blocks.labels(int(labels.offsets[i]), int(labels.offsets[i + 1])))
+    return True
+
+
+def import_graph(
+    path: Path | str,
+    config: ImportGraphConfig | None = None,
+    *,
+    out: Path | str,
+    similarity: Path | None = None,
+    features: Features | None = None,
+) -> Graph:
+    """Return a published graph as a graph folder: k - 1 neighbors, the image itself left out.
+
+    The image is found by value, since an exact duplicate may stand before it; a row without it
+    gives up its last entry. What is left out is kept in `dropped`, so that the export gives the
+    same bytes back. features: the unit rows of the same images; with them the recall is measured.
+    """
+    config, out, began = config or ImportGraphConfig(), Path(out), time.monotonic()
+    path = Path(path)
+    # A worker opens the files again: a memory map sent to it would be read and sent whole.
+    opened = partial(
+        open_graph, path.absolute(), k=config.k, similarity=similarity, columns=config.columns
+    )
+    n, k = opened().shape
+    if k < 2:
+        raise ArtifactError(f"{path} lists {k} image a row, itself included: no neighbor is left.")
+    if features is not None and len(features.array) != n:
+        raise ArtifactError(f"{path} has {n:,} rows, the features {len(features.array):,}.")
+    inputs = {"file": sampled_digest([path])}
+    if features is not None:
+        inputs["features"] = features.fingerprint
+    if begin(out, stage="graph", config=config, inputs=inputs):
+        return Graph.open(out)
+    require_disk(out, size_bytes=n * (8 * k + 8))
+    ids = _import_lists(opened, config, out, features)
+    facts: dict[str, Any] = {"file": path.name, "stored_k": k}
+    if features is not None:
+        facts |= measure_recall(features.array, ids, sample=config.recall_sample, seed=config.seed)
+    seconds = time.monotonic() - began
+    finish(out, stage="graph", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    return Graph.open(out)
+
+
+def _import_lists(
+    opened: Callable[[], StoredGraph],
+    config: ImportGraphConfig,
+    out: Path,
+    features: Features | None,
+) -> ShardedArray:
+    """Write the shards that are missing; return the ids."""
+    n, k = opened().shape
+    rows = config.shard_rows if features is None else features.array.shard_rows
+    arrays = {
+        "dropped": _created(out / "dropped", n, (2,), "int32", rows),
+        "dropped_similarity": _created(out / "dropped_similarity", n, (), "float32", rows),
+        "similarity": _created(out / "similarity", n, (k - 1,), "float32", rows),
+        "ids": _created(out / "ids", n, (k - 1,), "int32", rows),
+    }
+    ids = arrays["ids"]
+    missing = [
+        i for i in range(ids.num_shards) if not all(a.is_written(i) for a in arrays.values())
+    ]
+    work = partial(_copy_lists, opened, out.absolute())
+    for _ in map_shards(work, missing, config.resources, label="import"):
+        pass
+    return ids
+
+
+def _copy_lists(opened: Callable[[], StoredGraph], out: Path, shard: int) -> None:
+    """Write one shard of a graph."""
+    array = ShardedArray.open(out / "ids")
+    start, stop = int(array.offsets[shard]), int(array.offsets[shard + 1])
+    ids, similarity = checked_rows(opened(), start, stop)
+    column = self_column(ids, start)
+    at = np.arange(len(ids)), column
+    parts: dict[str, Array] = {
+        "dropped": np.stack([ids[at], column.astype(np.int32)], axis=1),
+        "dropped_similarity": similarity[at],
+        "similarity": without_column(similarity, column),
+        "ids": without_column(ids, column),
+    }
+    for name, values in parts.items():
+        ShardedArray.open(out / name).write_shard(shard, values)
