@@ -19,8 +19,10 @@ import numpy as np
 from selfsup_ray.artifacts import Array, ShardedArray, whole_file
 
 _CHUNK_ROWS = 65536
-_BLOCK_LINKS = 1 << 18
-"""Links of a block of rows: the unit that threads share and whose column sums are added up."""
+_BLOCK_LINKS = (1 << 10, 1 << 18)
+"""Least and most links of a block of rows: what threads share, and one float64 partial sum."""
+_BLOCKS = 64
+"""Blocks of a graph between these two."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Adjacency:
 
         start, stop: only the blocks between these two block borders.
         """
-        cuts = np.arange(0, int(self.indptr[-1]), _BLOCK_LINKS)
+        links = int(self.indptr[-1])
+        cuts = np.arange(0, links, int(np.clip(links // _BLOCKS, *_BLOCK_LINKS)))
         borders = np.unique(np.append(np.searchsorted(self.indptr, cuts, side="left"), len(self)))
         stop = len(self) if stop is None else stop
         pairs = zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)
@@ -182,6 +185,12 @@ def write_adjacency(
             twice = np.concatenate([part.twice for part in counts])
             _save(folder, indptr=_indptr(lengths), twice=twice, order=order)
     return Adjacency.open(folder)
+
+
+def save_adjacency(folder: Path, made: Adjacency) -> None:
+    """Write the arrays as .npy files, `ids` last: a folder that has it is complete."""
+    names = ("indptr", "twice", "values", "order", "ids")
+    _save(folder, **{name: getattr(made, name) for name in names})
 
 
 def _save(folder: Path, **arrays: Array | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from selfsup_ray.artifacts import Array
 from selfsup_ray.ops import spmm
 from selfsup_ray.ops.adjacency import Adjacency
-from selfsup_ray.ops.spreading import Seeds, Variant, scales, shortened, widened
+from selfsup_ray.ops.spreading import Seeds, Variant, column_width, scales, shortened, widened
 
 DENSE_SHARE = 0.6
 """Share of nodes with a label above which looking for those without no longer pays."""
@@ -32,7 +32,7 @@ class CpuSpread:
         variant: Variant,
     ) -> None:
         assert graph.values is None or dtype == "float32", "weighted links need float32"
-        self.graph, self.variant, self.threads = graph, variant, threads
+        self.graph, self.variant, self.threads, self.first = graph, variant, threads, first
         self.seeds = Seeds.of(seeds, first, stop)
         self.labelled = np.flatnonzero(seeds >= 0) if variant.reset_seeds else None
         self.width = column_width(stop - first)
@@ -55,8 +55,16 @@ class CpuSpread:
         if int(np.count_nonzero(active)) > DENSE_SHARE * len(active):
             active = np.empty(0, np.uint8)
         self._reached = np.zeros(len(self.graph), np.uint8)
-        blocks = self.graph.blocks()
-        parts = in_threads(lambda block: self._multiply(block, active), blocks, self.threads)
+        parts = multiply_rows(
+            self.graph,
+            self._x,
+            self._y,
+            self._scale,
+            self.graph.blocks(),
+            threads=self.threads,
+            active=active,
+            reached=self._reached,
+        )
         self._x, self._y = self._y, self._x
         totals = np.zeros(self.width)
         for part in parts:
@@ -70,23 +78,6 @@ class CpuSpread:
             self._normalize_rows(scales(totals, variant.normalize_columns))
             totals = self._column_sums()
         self._note(totals)
-
-    def _multiply(self, block: tuple[int, int], active: Array) -> Array:
-        """Write one block of rows of the product; return its column sums."""
-        multiply: Any
-        graph, totals = self.graph, np.zeros(self.width)
-        row = aligned((1, self.width), np.float32)[0]
-        place: Any = (self._x, self._y, self._scale, *block)
-        if graph.values is not None:
-            matrix: Any = (graph.indptr, graph.ids, graph.values)
-            multiply = spmm.multiply_weighted
-            multiply(*matrix, *place, self._reached, totals, row)
-            return totals
-        kept = np.empty(graph.longest + 1 if len(active) else 0, np.int32)
-        multiply = spmm.multiply_shorts if self.is_short else spmm.multiply_floats
-        matrix = (graph.indptr, graph.ids, graph.twice)
-        multiply(*matrix, *place, active, self._reached, totals, row, kept)
-        return totals
 
     def _values(self, start: int, stop: int) -> Array:
         """Return rows as stored, in float32."""
@@ -119,15 +110,66 @@ class CpuSpread:
         in_threads(fill, range(0, len(lists), 4096), self.threads)
         return out
 
+    def top(self, places: Array, num: int) -> tuple[Array, Array]:
+        """Return the `num` best classes of L_t at these places and their values, both (n, num)."""
+        places = np.ascontiguousarray(places, np.int32)
+        starts = range(0, len(places), 65536)
 
-def column_width(classes: int) -> int:
-    """Return the columns a block of so many classes takes in memory: whole vectors."""
-    return -(-classes // 16) * 16
+        def best(start: int) -> tuple[Array, Array]:
+            part = places[start : start + 65536]
+            return top_of(self._x, self._scale, num, self.seeds.num, places=part)
+
+        parts = in_threads(best, starts, self.threads)
+        columns = np.concatenate([np.empty((0, num), np.int32), *(part[0] for part in parts)])
+        values = np.concatenate([np.empty((0, num), np.float32), *(part[1] for part in parts)])
+        return columns + np.int32(self.first), values
 
 
-def spread_bytes(nodes: int, classes: int, *, dtype: str) -> int:
-    """Return the memory of a Spread: two copies of L and two flags a node."""
-    return nodes * (2 * column_width(classes) * (2 if dtype == "bfloat16" else 4) + 2)
+def multiply_rows(
+    graph: Adjacency,
+    x: Array,
+    y: Array,
+    scale: Array,
+    blocks: list[tuple[int, int]],
+    *,
+    threads: int,
+    active: Array | None = None,
+    reached: Array | None = None,
+) -> list[Array]:
+    """Write blocks of rows of y = W x diag(scale); return each block's column sums, float64.
+
+    x: rows that the ids of `graph` point to, y: its own rows; float32, or bfloat16 as uint16, of
+    whole vectors. active, reached: see `spmm.multiply_floats`; without, every neighbor is read.
+    """
+    active = np.empty(0, np.uint8) if active is None else active
+    reached = np.zeros(len(graph), np.uint8) if reached is None else reached
+
+    def multiply(block: tuple[int, int]) -> Array:
+        kernel: Any
+        totals, row = np.zeros(x.shape[1]), aligned((1, x.shape[1]), np.float32)[0]
+        place: Any = (x, y, scale, *block)
+        if graph.values is not None:
+            kernel = spmm.multiply_weighted
+            kernel(graph.indptr, graph.ids, graph.values, *place, reached, totals, row)
+            return totals
+        kept = np.empty(graph.longest + 1 if len(active) else 0, np.int32)
+        kernel = spmm.multiply_shorts if x.dtype == np.uint16 else spmm.multiply_floats
+        matrix = (graph.indptr, graph.ids, graph.twice)
+        kernel(*matrix, *place, active, reached, totals, row, kept)
+        return totals
+
+    return in_threads(multiply, blocks, threads)
+
+
+def top_of(
+    x: Array, scale: Array, num: int, columns: int, *, places: Array | None = None
+) -> tuple[Array, Array]:
+    """Return the `num` best columns of rows of x and their scaled values, both (n, num)."""
+    places = np.arange(len(x), dtype=np.int32) if places is None else places
+    best = np.empty((len(places), num), np.int32)
+    values = np.empty((len(places), num), np.float32)
+    spmm.top_columns(places, x, scale, best, values, columns)
+    return best, values
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Array:

@@ -330,3 +330,28 @@ def sum_lists(lists: Any, x: Any, scale: Any, out: Any, row: Any, kept: Any) -> 
             _sum_floats(base, size, np.int64(kept.ctypes.data), 0, num, 0, row)
         for c in range(out.shape[1]):
             out[i, c] = row[c] * scale[c]
+
+
+@njit(nogil=True, cache=True)
+def top_columns(places: Any, x: Any, scale: Any, columns: Any, values: Any, num: int) -> None:
+    """Write the columns with the largest scale * x[places[i]], best first, ties by lower column.
+
+    x: (N, C') float32 or bfloat16 as uint16, of which `num` columns count; columns (n, m) int32 and
+    values (n, m) float32, m <= num. scale is positive.
+    """
+    is_short, most = x.itemsize == 2, columns.shape[1]
+    for i in range(len(places)):
+        row, used = x[places[i]], 0
+        for c in range(num):
+            if is_short:
+                value = np.uint32(np.uint32(row[c]) << np.uint32(16)).view(np.float32) * scale[c]
+            else:
+                value = row[c] * scale[c]
+            if used == most and value <= values[i, most - 1]:
+                continue
+            at = used if used < most else most - 1
+            while at > 0 and values[i, at - 1] < value:
+                values[i, at], columns[i, at] = values[i, at - 1], columns[i, at - 1]
+                at -= 1
+            values[i, at], columns[i, at] = value, c
+            used = min(used + 1, most)

@@ -37,6 +37,13 @@ class Spread(Protocol):
         """Return (n, C) float32: L_t summed over the places of each list (n, k), -1 = none."""
         ...
 
+    def top(self, places: Array, num: int) -> tuple[Array, Array]:
+        """Return the `num` best classes of L_t at these places and their values, both (n, num).
+
+        Best first, ties by lower class; int32 classes, float32 values; num <= C.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Seeds:
@@ -55,6 +62,16 @@ class Seeds:
     def counts(self, width: int) -> Array:
         """Return (width,) float64 labelled nodes of each column."""
         return np.bincount(self.columns, minlength=width).astype(np.float64)
+
+
+def column_width(classes: int) -> int:
+    """Return the columns a block of so many classes takes in memory: whole vectors."""
+    return -(-classes // 16) * 16
+
+
+def spread_bytes(nodes: int, classes: int, *, dtype: str) -> int:
+    """Return the memory of a Spread: two copies of L and two flags a node."""
+    return nodes * (2 * column_width(classes) * (2 if dtype == "bfloat16" else 4) + 2)
 
 
 def scales(totals: Array, normalize: bool) -> Array:

@@ -36,6 +36,7 @@ class TorchSpread:
         variant: Variant,
     ) -> None:
         self.graph, self.variant, self.device = graph, variant, torch.device(device)
+        self.first = first
         self.seeds = Seeds.of(seeds, first, stop)
         self.labelled = torch.from_numpy(np.flatnonzero(seeds >= 0)).to(self.device)
         self.ids = torch.from_numpy(np.asarray(graph.ids)).to(self.device)
@@ -131,3 +132,19 @@ class TorchSpread:
             rows = self._x[part.clamp(min=0)].float() * (part >= 0)[..., None]
             out[start : start + step] = (rows.sum(dim=1) * self._scale).cpu()
         return out.numpy()
+
+    def top(self, places: Array, num: int) -> tuple[Array, Array]:
+        """Return the `num` best classes of L_t at these places and their values, both (n, num)."""
+        wanted = torch.from_numpy(np.asarray(places, np.int64)).to(self.device)
+        columns, values = [], []
+        step = max(1, GATHERED_BYTES // (8 * max(self.seeds.num, 1)))
+        for start in range(0, len(wanted), step):
+            rows = self._x[wanted[start : start + step]].float() * self._scale
+            found = torch.sort(rows, dim=1, descending=True, stable=True)  # ties by lower class
+            columns.append(found.indices[:, :num].int().cpu().numpy() + np.int32(self.first))
+            values.append(found.values[:, :num].cpu().numpy())
+        empty = (0, num)
+        return (
+            np.concatenate([np.empty(empty, np.int32), *columns]),
+            np.concatenate([np.empty(empty, np.float32), *values]),
+        )

@@ -1,0 +1,183 @@
+"""What a diffusion leaves: facts of every step, and scores in the order of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfsup_ray.artifacts import Array, ShardedArray, whole_file
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import Resources
+from selfsup_ray.ops.adjacency import Adjacency, Links, save_adjacency, write_adjacency
+from selfsup_ray.ops.diffusion import DiffusionOptions, weighted_adjacency
+from selfsup_ray.ops.rng import permuted
+from selfsup_ray.stages.graph import Graph
+
+Best = Callable[[Array], tuple[Array, Array]]
+"""Image ids -> classes and scores of the last step, both (n, top), best first."""
+AllScores = Callable[[Array], Array]
+"""Image ids -> (n, C) float32 scores of the last step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A diffusion as its workers know it: folders and numbers; see DiffuseConfig."""
+
+    out: Path
+    graph: Path
+    num_classes: int
+    niter: int
+    top: int
+    full: bool
+    dtype: Any
+    options: DiffusionOptions
+    sample: int
+    seed: int
+    memory_bytes: int
+    resources: Resources
+
+    @property
+    def threads(self) -> int:
+        """Threads of a worker."""
+        return max(1, int(self.resources.cpus))
+
+    @property
+    def device(self) -> str:
+        """Where a worker computes."""
+        return "cuda" if self.resources.gpus else "cpu"
+
+    @property
+    def seeds(self) -> Array:
+        """(N,) int32 class of the labelled images, -1 elsewhere; a memory map."""
+        return np.load(self.out / "seeds.npy", mmap_mode="r")  # type: ignore[no-any-return]
+
+    @property
+    def watched(self) -> Array:
+        """(n_w,) images whose best class of every step is noted: known, but no seeds."""
+        return np.load(self.out / "watched.npy")  # type: ignore[no-any-return]
+
+    @property
+    def parts(self) -> Path:
+        """Folder of what workers leave for each other; gone when the stage has finished."""
+        return self.out / "parts"
+
+    def adjacency(self) -> Adjacency:
+        """Return the adjacency of the graph, written to disk by the first call."""
+        folder, graph = self.out / "adjacency", Graph.open(self.graph)
+        if (folder / "ids.npy").exists():
+            return Adjacency.open(folder)
+        stored: ShardedArray | None = getattr(graph, "order", None)
+        order = None if stored is None else np.asarray(stored)
+        if self.options.is_constant:
+            least = self.options.min_similarity
+            links = Links(graph.ids, None if least is None else graph.similarity, least)
+            how: Any = {"order": order, "reciprocal": self.options.reciprocal}
+            how |= {"threads": self.threads, "memory_bytes": self.memory_bytes}
+            return write_adjacency(folder, links, **how)
+        ids, similarity = np.asarray(graph.ids), np.asarray(graph.similarity)
+        made = weighted_adjacency(ids, similarity, order=order, options=self.options)
+        save_adjacency(folder, made)
+        return Adjacency.open(folder)
+
+    def sampled(self) -> Array:
+        """Return the ascending ids of the images that entropy and coverage are measured on."""
+        n = len(self.seeds)
+        sample = min(self.sample, n)
+        return np.sort(permuted(np.arange(sample), n=n, seed=self.seed, epoch=0))
+
+
+@dataclass
+class Results:
+    """What the parts of a diffusion found, put together.
+
+    mass: (steps, C) float64 column sums before normalisation. totals, logs: (steps, n_s) float64
+    sums of L and of L log L over all classes, of sampled images. watched_classes: (steps, n_w)
+    int32 best class, -1 where no label arrived. best and rows: see there; rows may be None.
+    """
+
+    mass: Array
+    totals: Array
+    logs: Array
+    watched_classes: Array
+    best: Best
+    rows: AllScores | None
+
+    def label_free(self, t: int) -> dict[str, float]:
+        """Return facts of step t that need no labels.
+
+        mass: mean over classes with seeds of the column sum before normalisation; 1 keeps all.
+        coverage: share of sampled images that any label has reached. entropy: mean over those of
+        the entropy, in nats, of their scores as shares.
+        """
+        reached = self.totals[t] > 0
+        total = np.where(reached, self.totals[t], 1)
+        entropy = np.where(reached, np.log(total) - self.logs[t] / total, 0)
+        labelled = self.mass[0] > 0
+        return {
+            "mass": float(self.mass[t][labelled].mean()),
+            "coverage": float(reached.mean()),
+            "entropy": float(entropy[reached].mean()) if reached.any() else 0.0,
+        }
+
+
+def entropy_sums(values: Array) -> tuple[Array, Array]:
+    """Return the float64 sums over classes of L and of L log L, each (n,), of (n, C) values."""
+    wide = values.astype(np.float64)
+    logs = wide * np.log(np.where(wide > 0, wide, 1))
+    return wide.sum(axis=1), logs.sum(axis=1)
+
+
+def save(path: Path, values: Array) -> None:
+    """Write an array whole or not at all."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, values)
+
+
+def write_results(results: Results, job: Job) -> None:
+    """Write predictions, classes and scores, cut at the shards of the graph."""
+    ids = Graph.open(job.graph).ids
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "classes": ((job.top,), "int32"),
+        "scores": ((job.top,), "float32"),
+        "predictions": ((), "int32"),
+    }
+    if results.rows is not None:
+        shapes["all_scores"] = ((job.num_classes,), "float32")
+    for name, (shape, dtype) in shapes.items():
+        ShardedArray.create(job.out / name, shard_rows=ids.shard_rows, row_shape=shape, dtype=dtype)
+    last = ShardedArray.open(job.out / "predictions")
+    missing = [i for i in range(last.num_shards) if not last.is_written(i)]
+    write = _Writer(results.best, results.rows, job)
+    for _ in map_shards(write, missing, _cpus(job.resources), label="diffuse"):
+        pass
+
+
+def _cpus(resources: Resources) -> Resources:
+    return Resources(workers=resources.workers, cpus=resources.cpus)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    best: Best
+    all_scores: AllScores | None
+    job: Job
+
+    def __call__(self, shard: int) -> None:
+        """Write one shard of every array; predictions come last."""
+        out = self.job.out
+        arrays = {name: ShardedArray.open(out / name) for name in ("classes", "scores")}
+        predictions = ShardedArray.open(out / "predictions")
+        start, stop = predictions.offsets[shard], predictions.offsets[shard + 1]
+        images = np.arange(start, stop)
+        if self.all_scores is not None:
+            ShardedArray.open(out / "all_scores").write_shard(shard, self.all_scores(images))
+        classes, scores = self.best(images)
+        arrays["classes"].write_shard(shard, classes)
+        arrays["scores"].write_shard(shard, scores)
+        seeds = self.job.seeds[start:stop]
+        spread = np.where(scores[:, 0] > 0, classes[:, 0], -1)
+        predictions.write_shard(shard, np.where(seeds >= 0, seeds, spread))
