@@ -29,6 +29,7 @@ from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.lowshot import SETUPS
+from selfsup_ray.ops.neighbors import Neighbors
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Features, Labels, label_array
 from selfsup_ray.stages.lowshot_choice import Chosen, choose, choose_fusion, rates_of
@@ -37,6 +38,7 @@ from selfsup_ray.stages.lowshot_data import SetupImages, Sources, held_out, imag
 from selfsup_ray.stages.lowshot_pool import (
     Block,
     open_folder,
+    require_fitting,
     search_block,
     write_block,
     write_pool,
@@ -172,6 +174,7 @@ def _background_ids(
         return dict.fromkeys(images, empty)
     for folder in config.background.folders:
         _require_same_space(features, folder.path)
+        require_fitting(folder, dim=features.array.shape[1], width=config.k - 1)
     found = {
         name: made.background(config.background, labels, is_test) for name, made in images.items()
     }
@@ -223,22 +226,26 @@ def _write_pools(
         return
     ask: dict[str, Any] = {"width": width, "resources": config.resources}
     queries = source.rows(images.test_ids)
+
+    def nearest(block: Block, k: int) -> Neighbors:
+        return search_block(block, queries, k=k, resources=config.resources)
+
     places = images.base
     base_ids, base_classes = images.train_ids[places], images.train_classes[places]
-    base = write_block(folder / "base_block", source, base_ids, base_classes, **ask)
-    in_base = search_block(base, queries, k=config.widest, resources=config.resources)
+    base = write_block(folder / "base_block", source, base_ids, base_classes, width=width)
+    in_base = nearest(base, config.widest)
     write_pool(folder / "base", [base], [in_base], k=config.widest, **ask)
     if not wants_background:
         return
-    blocks: list[Block] = [
-        open_folder(out / f"folder{i}", given, dim=source.shape[1], **ask)
+    blocks = [
+        open_folder(out / f"folder{i}", given, width=width)
         for i, given in enumerate(config.background.folders)
     ]
     if len(background):
-        unknown = np.full(len(background), -1, np.int64)
-        blocks.append(write_block(folder / "background_block", source, background, unknown, **ask))
-    tests = [search_block(b, queries, k=config.k, resources=config.resources) for b in blocks]
-    write_pool(folder / "background", [*blocks, base], [*tests, in_base], k=config.k, **ask)
+        place, unknown = folder / "background_block", np.full(len(background), -1, np.int64)
+        blocks.append(write_block(place, source, background, unknown, width=width))
+    tests = [*(nearest(block, config.k) for block in blocks), in_base]
+    write_pool(folder / "background", [*blocks, base], tests, k=config.k, **ask)
 
 
 def _run_units(

@@ -7,6 +7,7 @@ count through its blocks. A run only adds its few novel images (spec 10.3).
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -54,15 +55,9 @@ class Block:
 
 
 def write_block(
-    folder: Path,
-    source: ShardedArray,
-    images: Array,
-    classes: Array,
-    *,
-    width: int,
-    resources: Resources,
+    folder: Path, source: ShardedArray, images: Array, classes: Array, *, width: int
 ) -> Block:
-    """Return the block of these images, its rows copied in their order, lists by exact search."""
+    """Return the block of these images, their rows copied in this order."""
     n, cuts = len(images), range(0, len(images), SHARD_ROWS)
     rows = ShardedArray.create(
         folder / "rows",
@@ -73,32 +68,34 @@ def write_block(
     for i, start in enumerate(cuts):
         if not rows.is_written(i):
             rows.write_shard(i, source.rows(images[start : start + SHARD_ROWS]))
-    ids, similarity = _searched(folder, rows, width=width, resources=resources)
-    return Block(rows, ids, similarity, images, classes)
+    return Block(rows, *_create_lists(folder, rows.shard_rows, width), images, classes)
 
 
-def open_folder(
-    folder: Path, given: FolderConfig, *, dim: int, width: int, resources: Resources
-) -> Block:
-    """Return the block of another run's rows, where they are; lists from its graph or by search.
+def open_folder(folder: Path, given: FolderConfig, *, width: int) -> Block:
+    """Return the block of another run's rows, where they are, with its graph's lists if given."""
+    rows = Embeddings.open(given.path).array
+    unknown = np.full(len(rows), -1, np.int64)
+    if given.graph is None:
+        return Block(rows, *_create_lists(folder, rows.shard_rows, width), unknown, unknown)
+    graph = Graph.open(given.graph)
+    return Block(rows, graph.ids, graph.similarity, unknown, unknown)
 
-    Raises ConfigError when the rows have another dimension or the graph does not fit.
-    """
+
+def require_fitting(given: FolderConfig, *, dim: int, width: int) -> None:
+    """Raise ConfigError when another run's rows have another dimension, or its graph others."""
     rows = Embeddings.open(given.path).array
     if rows.shape[1] != dim:
         raise ConfigError(
             f"The background {given.path} has rows of {rows.shape[1]} numbers, but this run's "
             f"embeddings have {dim}. Embed both with the same encoder."
         )
-    unknown = np.full(len(rows), -1, np.int64)
     if given.graph is None:
-        ids, similarity = _searched(folder, rows, width=width, resources=resources)
-        return Block(rows, ids, similarity, unknown, unknown)
+        return
     graph = Graph.open(given.graph)
-    if len(graph) != len(rows) or graph.ids.shard_rows != rows.shard_rows:
+    if graph.ids.shard_rows != rows.shard_rows:
         raise ConfigError(
             f"The graph {given.graph} has {len(graph):,} images, but {given.path} has "
-            f"{len(rows):,} rows. Give the graph of exactly these rows."
+            f"{len(rows):,} rows, or they are cut otherwise. Give the graph of exactly these rows."
         )
     if graph.k < width:
         raise ConfigError(
@@ -106,27 +103,6 @@ def open_folder(
             f"lowshot.k={width + 1} needs beside the image itself. Lower lowshot.k to "
             f"{graph.k + 1}, or build a wider graph."
         )
-    return Block(rows, graph.ids, graph.similarity, unknown, unknown)
-
-
-def _searched(
-    folder: Path, rows: ShardedArray, *, width: int, resources: Resources
-) -> tuple[ShardedArray, ShardedArray]:
-    """Return the lists of all rows among themselves, written where they are missing."""
-    ids, similarity = _create_lists(folder, rows.shard_rows, width)
-    written = [ids.is_written(i) and similarity.is_written(i) for i in range(rows.num_shards)]
-    if all(written):
-        return ids, similarity
-    if len(rows) <= width:  # too few for full lists
-        lists = own_lists(np.asarray(rows), k=width)
-        for i, (a, b) in enumerate(zip(rows.offsets, rows.offsets[1:], strict=False)):
-            similarity.write_shard(i, lists.similarity[a:b])
-            ids.write_shard(i, lists.ids[a:b])
-        return ids, similarity
-    with Search(rows, _on_cpus(resources), stage="lowshot") as search:
-        for _ in search.write_lists(ids, similarity):
-            pass
-    return ids, similarity
 
 
 def _create_lists(
@@ -147,15 +123,32 @@ def _on_cpus(resources: Resources) -> Resources:
 
 
 def search_block(block: Block, queries: Array, *, k: int, resources: Resources) -> Neighbors:
-    """Return the k nearest rows of a block to each query (n, d); places are empty where it has
-    fewer."""
+    """Return the k nearest rows of a block to each query (n, d), exactly; in a block with fewer
+    rows the last places are empty.
+
+    Lists of the block's rows among themselves are written on the way, where they are missing.
+    """
     found = empty_lists(len(queries), k)
     with Search(block.rows, _on_cpus(resources), stage="lowshot") as search:
+        if not all(block.ids.is_written(i) for i in range(block.ids.num_shards)):
+            _write_lists(block, search)
         for start in range(0, len(queries), _QUERIES):
             part = search.search(queries[start : start + _QUERIES], min(k, len(block.rows)))
             found.ids[start : start + _QUERIES, : part.k] = part.ids
             found.similarity[start : start + _QUERIES, : part.k] = part.similarity
     return found
+
+
+def _write_lists(block: Block, search: Search) -> None:
+    width = block.ids.shape[1]
+    if len(block.rows) > width:
+        for _ in search.write_lists(block.ids, block.similarity):
+            pass
+        return
+    lists = own_lists(np.asarray(block.rows), k=width)  # too few rows for full lists
+    for i, (a, b) in enumerate(itertools.pairwise(block.rows.offsets)):
+        block.similarity.write_shard(i, lists.similarity[a:b])
+        block.ids.write_shard(i, lists.ids[a:b])
 
 
 class Pool:

@@ -1,0 +1,387 @@
+"""The low-shot stage on a mixture of Gaussians, against the whole protocol in plain numpy."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfsup_ray.artifacts import Array, ShardedArray, begin, finish, read_done
+from selfsup_ray.config import Resources, build, override
+from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.stages.embed import EmbedConfig, Embeddings
+from selfsup_ray.stages.graph import GraphConfig, build_graph
+from selfsup_ray.stages.lowshot import LowShot, low_shot
+from selfsup_ray.stages.lowshot_config import LowShotConfig
+from selfsup_ray.tracking import open_run
+
+C, PER_CLASS, DIM = 12, 30, 8
+BOTH = ["diffusion", "diffusion_background"]
+SETTINGS: dict[str, Any] = {
+    "classes": {"num_base": 6, "val_base": 3, "val_novel": 3},
+    "shots": [1, 3],
+    "seeds": [1, 2],
+    "methods": [*BOTH, "logistic", "knn", "fused", "fused_background"],
+    "k": 6,
+    "niter": 4,
+    "logistic": {
+        "lr": [0.1, 0.01],
+        "weight_decay": [0.0, 0.01],
+        "batch_size": [8, 16],
+        "iterations": 60,
+        "eval_every": 25,
+    },
+    "knn": {"k": [1, 6]},
+    "fusion": {"weights": [0.0, 0.5, 1.0]},
+}
+
+
+def mixture() -> tuple[Array, Array]:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(C), PER_CLASS))
+    rows = rng.normal(size=(C, DIM))[labels] + 0.9 * rng.normal(size=(len(labels), DIM))
+    rows[-4:] = rows[:4]  # exact duplicates
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return rows, labels
+
+
+def write_embeddings(folder: Path, rows: Array, *, encoder: str = "one") -> Embeddings:
+    inputs = {"encoder": encoder}
+    begin(folder, stage="embed", config=EmbedConfig(), inputs=inputs)
+    cut = len(rows) // 3
+    array = ShardedArray.create(
+        folder / "rows",
+        shard_rows=[cut, len(rows) - cut],
+        row_shape=rows.shape[1:],
+        dtype="float32",
+    )
+    array.write_shard(0, rows[:cut])
+    array.write_shard(1, rows[cut:])
+    facts = {"corpus": "../corpus"}
+    finish(folder, stage="embed", config=EmbedConfig(), inputs=inputs, seconds=0, facts=facts)
+    return Embeddings.open(folder)
+
+
+def settings(**changes: Any) -> LowShotConfig:
+    return override(build(LowShotConfig, SETTINGS), changes)
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Embeddings:
+    return write_embeddings(tmp_path / "embed", mixture()[0])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[LowShotConfig, LowShot]:
+    folder = tmp_path_factory.mktemp("whole")
+    made = write_embeddings(folder / "embed", mixture()[0])
+    config = settings()
+    return config, low_shot(made, mixture()[1], config, out=folder / "lowshot")
+
+
+def slow_scores(nodes: Array, seeds: Array, test: Array, *, k: int, steps: int, c: int) -> Array:
+    """Return scores after some steps by whole matrices (spec 2.5, 2.6), background nodes first."""
+    similarity = (nodes.astype(float) @ nodes.T.astype(float)).astype(np.float32)
+    a = np.zeros((len(nodes), len(nodes)))
+    for i in range(len(nodes)):
+        others = [j for j in np.lexsort((np.arange(len(nodes)), -similarity[i])) if j != i]
+        a[i, [i, *others[: k - 1]]] = 1
+    b = a + a.T
+    w = b / b.sum(axis=1, keepdims=True)
+    labels = np.zeros((len(nodes), c))
+    labels[np.flatnonzero(seeds >= 0), seeds[seeds >= 0]] = 1
+    labels /= np.maximum(labels.sum(axis=0), 1)
+    for _ in range(steps):
+        labels = w @ labels
+        labels /= labels.sum(axis=0)
+    similarity = (test.astype(float) @ nodes.T.astype(float)).astype(np.float32)
+    near = np.array([np.lexsort((np.arange(len(nodes)), -s))[:k] for s in similarity])
+    return labels[near].sum(axis=1)
+
+
+@pytest.mark.parametrize("in_domain", [False, True])
+def test_diffusion_is_the_protocol_in_whole_matrices(
+    tmp_path: Path, features: Embeddings, in_domain: bool
+):
+    rows, labels = mixture()
+    config = settings(methods=BOTH, shots=[3], seeds=[2], **{"background.in_domain": in_domain})
+    made = low_shot(features, labels, config, out=tmp_path / "lowshot")
+    for setup, classes in (("val", [0, 1, 2, 6, 7, 8]), ("test", [3, 4, 5, 9, 10, 11])):
+        test_ids = np.load(made.path / setup / "test_ids.npy")
+        is_train = ~np.isin(np.arange(len(labels)), _all_test_ids(made))
+        assert set(labels[test_ids]) == set(classes)
+        base = [i for c in classes[:3] for i in np.flatnonzero((labels == c) & is_train)]
+        random_state, novel = np.random.RandomState(2), []
+        for c in classes[3:]:
+            images = np.flatnonzero((labels == c) & is_train)
+            random_state.shuffle(images)
+            novel += list(images[:3])
+        others = list(np.flatnonzero(~np.isin(labels, classes) & is_train))
+        if in_domain:
+            unlabelled = np.isin(labels, classes[3:]) & is_train
+            others = list(np.flatnonzero((~np.isin(labels, classes) & is_train) | unlabelled))
+        own = {c: i for i, c in enumerate(classes)}
+        for method, background in (("diffusion", []), ("diffusion_background", others)):
+            inside = set(background)
+            nodes = [*background, *base, *(i for i in novel if i not in inside)]
+            seeds = np.array([own[labels[i]] if i in {*base, *novel} else -1 for i in nodes])
+            truth = np.array([own[label] for label in labels[test_ids]])
+            for t in range(config.niter + 1):
+                scores = slow_scores(rows[nodes], seeds, rows[test_ids], k=6, steps=t, c=6)
+                scores = scores.round(9)  # equal scores in exact arithmetic are ties
+                order = np.argsort(-scores, axis=1, kind="stable")
+                hits = (order[:, :1] == truth[:, None]).any(axis=1)
+                curve = made.curves[setup][method]["3"]["top1_all"]["mean"]
+                assert curve[t] == pytest.approx(hits.mean(), abs=1.01 / len(hits))
+
+
+def results(made: LowShot) -> list[dict[str, str]]:
+    with (made.path / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _all_test_ids(made: LowShot) -> Array:
+    return np.concatenate([np.load(made.path / s / "test_ids.npy") for s in ("val", "test")])
+
+
+def test_hyper_parameters_are_the_best_of_validation_and_what_the_test_was_run_with(
+    whole: tuple[LowShotConfig, LowShot],
+):
+    _, made = whole
+    chosen = json.loads((made.path / "hyperparameters.json").read_text())
+    assert chosen == made.table["chosen"]
+    for n in ("1", "3"):
+        for method in BOTH:
+            curve = made.curves["val"][method][n]["top5_all"]["mean"]
+            t = chosen[n]["niter"][method]
+            assert curve[t] == max(curve) and max(curve[:t], default=-1) < curve[t]
+            assert made.table["val"][n][method]["top5_all"]["mean"] == pytest.approx(curve[t])
+            tested = made.curves["test"][method][n]["top5_novel"]["mean"][t]
+            assert made.mean(method, n=int(n), number="top5_novel") == pytest.approx(tested)
+        for method in ("logistic", "knn", "fused", "fused_background"):
+            on_val = made.table["val"][n][method]["top5_all"]["mean"]
+            assert chosen[n]["validation"][method] == pytest.approx(on_val)
+        better = chosen[n]["validation"]
+        assert better["fused"] >= max(better["logistic"], better["diffusion"]) - 1e-12
+
+
+def test_the_table_is_mean_and_deviation_of_the_rows_by_seed(
+    whole: tuple[LowShotConfig, LowShot],
+):
+    config, made = whole
+    rows = results(made)
+    assert len(rows) == 2 * 2 * 2 * len(config.methods)
+    for n in config.shots:
+        for method in config.methods:
+            mine = [
+                r for r in rows if (r["setup"], r["n"], r["method"]) == ("test", str(n), method)
+            ]
+            assert [r["seed"] for r in mine] == ["1", "2"]
+            values = [float(r["top5_novel"]) for r in mine]
+            cell = made.table["test"][str(n)][method]["top5_novel"]
+            assert cell["mean"] == pytest.approx(np.mean(values))
+            assert cell["std"] == pytest.approx(np.std(values))
+    facts = read_done(made.path).facts
+    means = [made.mean("diffusion_background", n=n, setup="val") for n in config.shots]
+    assert facts["validation_top5"] == pytest.approx(np.mean(means))
+    assert facts["method"] == "diffusion_background"
+
+
+def test_log_probabilities_of_the_linear_classifier_are_stored_for_both_set_ups(
+    whole: tuple[LowShotConfig, LowShot],
+):
+    _, made = whole
+    files = sorted((made.path / "log_probabilities").glob("*.npy"))
+    assert len(files) == 8
+    labels = mixture()[1]
+    for path in files:
+        setup = path.name.split("-")[0]
+        log_p = np.load(path)
+        test_ids = np.load(made.path / setup / "test_ids.npy")
+        assert log_p.shape == (len(test_ids), 6)
+        np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1, rtol=1e-5)
+    classes = np.load(made.path / "test" / "test_classes.npy")
+    hits = np.argmax(np.load(files[3]), axis=1) == classes  # test-n003-seed002
+    wanted = ("test", "3", "2", "logistic")
+    row = next(r for r in results(made) if (r["setup"], r["n"], r["seed"], r["method"]) == wanted)
+    assert float(row["top1_all"]) == pytest.approx(hits.mean())
+    assert len(labels) == C * PER_CLASS
+
+
+def deterministic_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of every result; times and resources are apart."""
+    skipped = ("done.json", "seconds.csv", "config.yaml", "versions.json", "metrics.jsonl")
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in skipped and path.parent.name != "seconds"
+    }
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from selfsup_ray.stages import lowshot_units
+from tests.stages.test_lowshot import mixture, settings
+from selfsup_ray.stages.embed import Embeddings
+from selfsup_ray.stages.lowshot import low_shot
+
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+written = []
+write = lowshot_units.write_json
+
+def counted(path, value):
+    write(path, value)
+    if path.parent.name in ("explore", "final"):
+        written.append(path)
+        if len(written) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+lowshot_units.write_json = counted
+low_shot(Embeddings.open(folder / "embed"), mixture()[1], settings(), out=folder / "lowshot")
+"""
+
+
+def test_a_run_killed_twice_continues_to_the_same_bytes(
+    tmp_path: Path, features: Embeddings, whole: tuple[LowShotConfig, LowShot]
+):
+    root = Path(__file__).parents[2]
+    for last in (2, 5):
+        command = [sys.executable, "-c", KILLED, str(tmp_path), str(last)]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    units = list((tmp_path / "lowshot" / "units").rglob("*-seed*.json"))
+    assert len([u for u in units if u.parent.name in ("explore", "final")]) == 7
+    kept = {path: path.stat().st_mtime_ns for path in units}
+    config, made = whole
+    low_shot(features, mixture()[1], config, out=tmp_path / "lowshot")
+    assert {path: path.stat().st_mtime_ns for path in units} == kept
+    assert deterministic_files(tmp_path / "lowshot") == deterministic_files(made.path)
+
+
+def test_two_workers_give_the_same_bytes(tmp_path: Path, features: Embeddings, ray_session: None):
+    small = {"methods": ["diffusion", "logistic"], "shots": [1], "logistic.batch_size": [8]}
+    for name, workers in (("here", 0), ("there", 2)):
+        config = settings(**small, **{"resources.workers": workers})
+        low_shot(features, mixture()[1], config, out=tmp_path / name)
+    assert deterministic_files(tmp_path / "there") == deterministic_files(tmp_path / "here")
+
+
+def test_background_of_another_run_with_its_graph_is_the_same_as_searched(
+    tmp_path: Path, features: Embeddings
+):
+    rows, labels = mixture()
+    other = write_embeddings(tmp_path / "other", rows[::-1].copy())
+    graph = build_graph(other, GraphConfig(k=9, resources=Resources(workers=0)), out=tmp_path / "g")
+    found = {}
+    for name, path in (("searched", None), ("graph", str(graph.path))):
+        folders = [{"path": str(other.path), "graph": path}]
+        config = settings(
+            methods=["diffusion_background"], seeds=[1], **{"background.folders": folders}
+        )
+        made = low_shot(features, labels, config, out=tmp_path / name)
+        found[name] = made.table | {"curves": made.curves}
+        sizes = len(np.load(made.path / "val" / "background" / "images.npy"))
+        assert sizes == len(rows) + sum(labels >= 0) - _tested_and_novel(made, labels)
+    assert found["searched"] == found["graph"]
+
+
+def _tested_and_novel(made: LowShot, labels: Array) -> int:
+    """Images that are no shared node of the validation set-up: all tests, and its novel classes."""
+    novel = np.isin(labels, [6, 7, 8])
+    novel[_all_test_ids(made)] = True
+    return int(novel.sum())
+
+
+def test_images_are_kept_for_testing_by_share_by_source_or_by_place(
+    tmp_path: Path, features: Embeddings
+):
+    labels = mixture()[1]
+    place = np.arange(len(labels))
+    small = {"methods": ["knn"], "seeds": [1], "shots": [1]}
+    made = low_shot(features, labels, settings(**small), out=tmp_path / "share")
+    tested = np.bincount(labels[_all_test_ids(made)], minlength=C)
+    np.testing.assert_array_equal(tested, PER_CLASS // 5)
+
+    def sources(ids: Array) -> list[str]:
+        return [f"{'val' if i % 4 == 3 else 'train'}/{i}.png" for i in ids]
+
+    by_source = settings(**small, **{"test": {"name": "source", "pattern": "val/*"}})
+    made = low_shot(features, labels, by_source, out=tmp_path / "source", sources=sources)
+    np.testing.assert_array_equal(np.sort(_all_test_ids(made)), place[place % 4 == 3])
+    by_rows = settings(**small, **{"test": {"name": "rows", "first": 200}})
+    made = low_shot(features, labels, by_rows, out=tmp_path / "rows")
+    np.testing.assert_array_equal(np.sort(_all_test_ids(made)), place[200:])
+    none = settings(**small, **{"test": {"name": "source", "pattern": "test/*"}})
+    with pytest.raises(ConfigError, match=r"'test/\*' matches no image's source.*'train/0.png'"):
+        low_shot(features, labels, none, out=tmp_path / "none", sources=sources)
+    with pytest.raises(ConfigError, match="needs the sources"):
+        low_shot(features, labels, none, out=tmp_path / "none")
+    late = settings(**small, **{"test": {"name": "rows", "first": 9999}})
+    with pytest.raises(ConfigError, match="first=9999 leaves no test image"):
+        low_shot(features, labels, late, out=tmp_path / "none")
+    by_class = settings(**small, **{"test": {"name": "source", "pattern": "[1-9]*/7.png"}})
+
+    def by_label(ids: Array) -> list[str]:
+        return [f"{labels[i]}/{7 if i % 2 else 8}.png" for i in ids]
+
+    with pytest.raises(ConfigError, match=r"no test image of class 0 \(cat\)"):
+        names = ["cat"]
+        low_shot(
+            features, labels, by_class, out=tmp_path / "n", sources=by_label, class_names=names
+        )
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, features: Embeddings):
+    labels, out = mixture()[1], tmp_path / "lowshot"
+    with pytest.raises(ConfigError, match=r"Novel class 6 has 24 training images.*asks for 25"):
+        low_shot(features, labels, settings(shots=[1, 25]), out=out)
+    with pytest.raises(ConfigError, match="72 base images, fewer than the 80 neighbors"):
+        low_shot(features, labels, settings(k=80), out=out)
+    with pytest.raises(ConfigError, match="7 labels, 360 embeddings"):
+        low_shot(features, labels[:7], settings(), out=out)
+    alone = {"background.other_classes": False}
+    with pytest.raises(ConfigError, match="set-up `val` has no background image"):
+        low_shot(features, labels, settings(**alone), out=out)
+    narrow = write_embeddings(tmp_path / "narrow", mixture()[0][:, :4].copy())
+    folders = {"background.folders": [{"path": str(narrow.path)}]}
+    with pytest.raises(ConfigError, match="rows of 4 numbers, but this run's embeddings have 8"):
+        low_shot(features, labels, settings(**folders), out=out)
+    other = write_embeddings(tmp_path / "other", mixture()[0], encoder="two")
+    folders = {"background.folders": [{"path": str(other.path)}]}
+    with pytest.raises(ConfigError, match="made by another encoder"):
+        low_shot(features, labels, settings(**folders), out=out)
+    assert not out.exists()
+
+
+def test_config_values_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="give either `num_base` or `file`"):
+        settings(classes={})
+    with pytest.raises(ConfigError, match="`methods` has fused, which needs logistic too"):
+        settings(methods=["diffusion", "fused"])
+    with pytest.raises(ConfigError, match=r"`seeds` needs at least one value and each once"):
+        settings(seeds=[1, 1])
+    with pytest.raises(ConfigError, match="`lr` needs at least one value"):
+        settings(**{"logistic.lr": []})
+
+
+def test_a_finished_folder_is_current_and_other_settings_are_an_error(
+    whole: tuple[LowShotConfig, LowShot], tmp_path: Path
+):
+    config, made = whole
+    features = Embeddings.open(made.path.parent / "embed")
+    stamp = (made.path / "done.json").read_bytes()
+    with open_run(tmp_path / "tracked", name="lowshot") as tracker:
+        again = low_shot(features, mixture()[1], config, out=made.path, tracker=tracker)
+    assert again.fingerprint == made.fingerprint
+    assert (made.path / "done.json").read_bytes() == stamp
+    with pytest.raises(ArtifactError, match=r"lowshot\.k=6, but this run asks for 7"):
+        low_shot(features, mixture()[1], override(config, {"k": 7}), out=made.path)
