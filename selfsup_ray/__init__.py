@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from selfsup_ray.pipeline import run
     from selfsup_ray.planning import plan
     from selfsup_ray.report import write_report
+    from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion, diffuse
     from selfsup_ray.stages.embed import EmbedConfig, Embeddings, embed
     from selfsup_ray.stages.evaluate import EvaluateConfig, evaluate
     from selfsup_ray.stages.export import ExportConfig, export
@@ -49,6 +50,7 @@ _HOMES = {
     "pipeline": ["run"],
     "planning": ["plan"],
     "report": ["write_report"],
+    "stages.diffuse": ["DiffuseConfig", "Diffusion", "diffuse"],
     "stages.embed": ["EmbedConfig", "Embeddings", "embed"],
     "stages.evaluate": ["EvaluateConfig", "evaluate"],
     "stages.export": ["ExportConfig", "export"],
@@ -71,6 +73,8 @@ __all__ = [
     "Clusterer",
     "ConfigError",
     "Corpus",
+    "DiffuseConfig",
+    "Diffusion",
     "EmbedConfig",
     "Embeddings",
     "Encoder",
@@ -95,6 +99,7 @@ __all__ = [
     "SimCLRConfig",
     "UserError",
     "build_graph",
+    "diffuse",
     "embed",
     "evaluate",
     "export",

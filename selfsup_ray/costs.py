@@ -18,6 +18,7 @@ from selfsup_ray.data.views import Views, ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, build_backbone
 from selfsup_ray.models.pretext import MoCoConfig
+from selfsup_ray.ops.spreading import spread_bytes
 from selfsup_ray.tracking import read_records
 from selfsup_ray.training import TrainConfig
 
@@ -26,6 +27,10 @@ GPU_FLOPS = 30e12
 SEARCH_FLOPS = 60e9
 """The same for exact neighbor search on one CPU core in float32 (faiss; 60 to 80 measured)."""
 GPU_SEARCH_FLOPS = 5e12
+LINKS_PER_NEIGHBOR = 1.45
+"""Links of an image for each neighbor it lists, once every link goes both ways."""
+LINK_CLASSES_PER_S = 5e9
+"""Links times classes of diffusion that one CPU core does in a second, in any order of images."""
 DECODED_PER_S = 500.0
 """Photos of about 500 x 400 pixels that one CPU core decodes, resizes and stores in a second."""
 TIMED_IMAGES = 16
@@ -154,6 +159,8 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
             return _reduce(experiment, num_images)
         case "graph":
             return _graph(experiment, num_images)
+        case "diffuse":
+            return _diffuse(experiment, num_images)
         case "probe":
             return _probe(experiment, num_images)
         case "lowshot":
@@ -304,6 +311,21 @@ def _searched_dim(e: Experiment) -> int:
     assert e.pretext is not None
     dim = network(e.pretext.backbone, 64).dim
     return dim if e.reduce is None else min(dim, e.reduce.dim)
+
+
+def _diffuse(e: Experiment, n: int) -> Cost:
+    assert e.graph is not None and e.diffuse is not None
+    ask, k, made = e.diffuse.resources, e.graph.k, e.diffuse
+    links = LINKS_PER_NEIGHBOR * k * n
+    step_s = links * 100 / (LINK_CLASSES_PER_S * max(ask.workers, 1) * ask.cpus)
+    labels = min(made.memory_gb * 1e9, spread_bytes(n, 128, dtype=made.dtype))
+    return Cost(
+        memory_bytes=int(WORKER_BYTES + labels + links * 4),
+        disk_bytes=int(links * 4 + n * (12 + made.top * 16)),
+        seconds=made.niter * step_s,
+        assumes=f"100 classes, {made.niter} steps of {step_s:.1f} s, a link both ways for "
+        f"{2 - LINKS_PER_NEIGHBOR:.0%} of the neighbors",
+    )
 
 
 def _probe(e: Experiment, n: int) -> Cost:

@@ -10,6 +10,7 @@ from selfsup_ray.config import NonNegative, config, override
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.pretext import check_method
 from selfsup_ray.stages import STAGES
+from selfsup_ray.stages.diffuse import DiffuseConfig
 from selfsup_ray.stages.embed import EmbedConfig
 from selfsup_ray.stages.evaluate import EvaluateConfig
 from selfsup_ray.stages.export import ExportConfig
@@ -31,6 +32,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "graph": ("embed",),
     "scan": ("ingest", "pretext", "graph"),
     "selflabel": ("ingest", "scan"),
+    "diffuse": ("ingest", "graph"),
     "probe": ("ingest", "embed"),
     "lowshot": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
@@ -63,6 +65,7 @@ class Experiment:
     graph: GraphConfig | None = None
     scan: ScanConfig | None = None
     selflabel: SelfLabelConfig | None = None
+    diffuse: DiffuseConfig | None = None
     probe: ProbeConfig | None = None
     lowshot: LowShotConfig | None = None
     evaluate: EvaluateConfig | None = None

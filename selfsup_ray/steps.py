@@ -13,6 +13,7 @@ from selfsup_ray.errors import ArtifactError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.stages.diffuse import Diffusion, diffuse
 from selfsup_ray.stages.embed import Embeddings, embed
 from selfsup_ray.stages.evaluate import Evaluation, evaluate_run
 from selfsup_ray.stages.export import Exported, export
@@ -39,6 +40,7 @@ Artifact = (
     | Reduced
     | Graph
     | Clusterer
+    | Diffusion
     | Probe
     | LowShot
     | Evaluation
@@ -56,6 +58,7 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "graph": Graph.open,
     "scan": Clusterer.open,
     "selflabel": Clusterer.open,
+    "diffuse": Diffusion.open,
     "probe": Probe.open,
     "lowshot": LowShot.open,
     "evaluate": Evaluation.open,
@@ -127,6 +130,15 @@ def _selflabel(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     self_label(corpus, clusterer, e.selflabel, out=at("selflabel"), tracker=tracker)
 
 
+def _diffuse(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus = Corpus.open(at("ingest"))
+    if not corpus.has_labels:
+        log.warning("diffuse: left out, since no image has a label")
+        return
+    graph = Graph.open(at("graph"))
+    diffuse(graph, corpus.labels, e.diffuse, out=at("diffuse"), tracker=tracker)
+
+
 def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     corpus = Corpus.open(at("ingest"))
     if not corpus.has_labels:
@@ -180,6 +192,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "graph": _graph,
     "scan": _scan,
     "selflabel": _selflabel,
+    "diffuse": _diffuse,
     "probe": _probe,
     "lowshot": _lowshot,
     "evaluate": _evaluate,

@@ -20,6 +20,7 @@ from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.pipeline import Result, run, run_experiment
 from selfsup_ray.planning import plan, plan_experiment, size
+from selfsup_ray.stages.diffuse import Diffusion
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.evaluate import Evaluation
 from selfsup_ray.stages.export import Exported
@@ -31,7 +32,7 @@ from selfsup_ray.steps import open_artifact
 HERE = {"workers": 0}
 SMALL = {"epochs": 1, "batch_size": 16, "precision": "float32", "resources": HERE}
 STAGES = ["ingest", "pretext", "embed", "reduce", "graph", "scan", "selflabel"]
-STAGES += ["probe", "evaluate", "export"]
+STAGES += ["diffuse", "probe", "evaluate", "export"]
 
 
 def tiny(folder: Path) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def tiny(folder: Path) -> dict[str, Any]:
         "graph": {"k": 5, "resources": HERE},
         "scan": {**SMALL, "num_clusters": 4, "num_neighbors": 5},
         "selflabel": {**SMALL, "threshold": 0.3},
+        "diffuse": {"labels_per_class": 2},
         "probe": {},
         "evaluate": {},
         "export": {},
@@ -107,7 +109,7 @@ def test_a_finished_run_is_planned_as_current(finished: tuple[Path, Result]):
 def test_every_folder_opens_as_the_handle_of_its_stage(finished: tuple[Path, Result]):
     _, result = finished
     types = [Corpus, Encoder, Embeddings, Reduced, Graph, Clusterer, Clusterer]
-    types += [Probe, Evaluation, Exported]
+    types += [Diffusion, Probe, Evaluation, Exported]
     assert [type(open_artifact(result.out / stage)) for stage in STAGES] == types
     with pytest.raises(ArtifactError, match="holds no finished stage"):
         open_artifact(result.out / "absent")

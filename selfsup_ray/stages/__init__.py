@@ -8,6 +8,7 @@ STAGES = (
     "graph",
     "scan",
     "selflabel",
+    "diffuse",
     "probe",
     "lowshot",
     "evaluate",
