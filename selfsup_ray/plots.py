@@ -105,6 +105,21 @@ def plot_series(
         ax.legend()
 
 
+def plot_steps(
+    series: Mapping[str, Array], chosen: Mapping[str, int], ax: Axes, *, ylabel: str, title: str
+) -> None:
+    """Curves over the number of diffusion steps t = 0, 1, …; a dot at the chosen t of each."""
+    for (name, values), color in zip(series.items(), _cycle(SERIES, len(series)), strict=True):
+        ax.plot(np.arange(len(values)), values, color=color, linewidth=1.2, label=name)
+        t = chosen[name]
+        ax.plot([t], [values[t]], "o", color=color, markersize=4)
+    ax.set(xlabel="steps", ylabel=ylabel, title=title)
+    ax.margins(x=0.02)
+    _whole_ticks(ax)
+    ax.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.5)
+    ax.legend(ncols=2)
+
+
 def plot_cluster_sizes(sizes: Array, ax: Axes) -> None:
     """Images per cluster, largest first; the dashed line marks a balanced split."""
     order = np.sort(sizes)[::-1]
@@ -154,6 +169,23 @@ def plot_neighbor_ranks(
     ax.set_title(f"neighbors of {num_images:,} images")
     _whole_ticks(ax)
     ax.legend(loc="best")
+
+
+def plot_in_degrees(counts: Array, ax: Axes) -> None:
+    """Share of images by how often they are listed as a neighbor, both axes logarithmic.
+
+    counts: (m + 1,) images that are listed 0..m times; those listed never are left of the axis.
+    """
+    degrees = np.flatnonzero(counts)
+    share = 100 * counts[degrees] / counts.sum()
+    ax.scatter(degrees, share, s=9, color=ACCENT, linewidths=0)
+    mean = float((np.arange(len(counts)) * counts).sum() / counts.sum())
+    ax.axvline(mean, linestyle="--", color=INK, linewidth=0.8, label=f"mean {mean:.3g}")
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_yscale("log")
+    title = f"listed at most {int(degrees.max()):,} times"
+    ax.set(xlabel="times listed as a neighbor", ylabel="% of images", title=title)
+    ax.legend()
 
 
 def plot_confusion(
