@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from selfsup_ray.artifacts import (
     Array,
@@ -19,6 +20,7 @@ from selfsup_ray.artifacts import (
     read_done,
     require_disk,
 )
+from selfsup_ray.cluster.methods import ExactConfig, HNSWConfig, IVFConfig
 from selfsup_ray.cluster.neighbors import Search
 from selfsup_ray.config import NonNegative, Positive, Resources, Share, config
 from selfsup_ray.errors import ConfigError
@@ -26,6 +28,7 @@ from selfsup_ray.ops.metrics import Tally, neighbor_agreement, wilson
 from selfsup_ray.ops.neighbors import best_products, pair_similarity, recall
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.progress import track
+from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph, remove_work
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -44,14 +47,20 @@ class Features(Protocol):
     def fingerprint(self) -> str: ...
 
 
+GraphMethod = Annotated[
+    ExactConfig | CellsConfig | IVFConfig | HNSWConfig, Field(discriminator="name")
+]
+
+
 @config
 class GraphConfig:
     """How the kNN graph is built."""
 
     k: Positive = 20
     """Neighbors kept per image, the image itself excluded."""
-    index: Literal["exact"] = "exact"
-    """`exact` compares every pair of images."""
+    method: GraphMethod = ExactConfig()
+    """`exact` compares every pair of images; `cells` is the fast way above about 50,000; `ivf`
+    and `hnsw` search a faiss index that also serves later queries."""
     recall_sample: Positive = 1000
     """Images whose lists are checked against a separate float64 search."""
     min_recall: Share = 0.95
@@ -59,13 +68,14 @@ class GraphConfig:
     seed: NonNegative = 0
     """Chooses the images of the recall sample."""
     resources: Resources = Resources()
-    """`workers` actors share the rows; 0 searches in this process, without Ray. CPUs only."""
+    """`workers` actors (tasks, for `cells`) share the work; 0 stays in this process, without Ray.
+    With `gpus`, `exact` and `ivf` search by faiss on the GPU."""
 
     def __post_init__(self) -> None:
-        if self.resources.gpus:
+        if self.resources.gpus and self.method.name in ("cells", "hnsw"):
             raise ValueError(
-                f"`resources.gpus` is {self.resources.gpus}, but index={self.index!r} searches on "
-                f"CPUs; set it to 0"
+                f"`resources.gpus` is {self.resources.gpus}, but method.name={self.method.name!r} "
+                f"works on CPUs; set it to 0"
             )
 
 
@@ -93,6 +103,11 @@ class Graph:
     def k(self) -> int:
         """Neighbors per image."""
         return self.ids.shape[1]
+
+    @property
+    def order(self) -> ShardedArray | None:
+        """(N,) the image at each place of an order in which neighbors lie close; None without."""
+        return ShardedArray.open(self.path / "order") if (self.path / "order").exists() else None
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -167,6 +182,7 @@ def build_graph(
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
     finish(out, stage="graph", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    remove_work(out)
     n, checked = f"{len(array):,}", f"{facts['recall_sample']:,}"
     text = "graph: %s images, k=%d, recall %.4f (%s sampled), %.1f s"
     log.info(text, n, config.k, facts["recall"], checked, seconds)
@@ -186,6 +202,9 @@ def _require_inputs(k: int, n: int, labels: Array | None) -> None:
 def _search(array: ShardedArray, config: GraphConfig, out: Path) -> ShardedArray:
     """Write the shards of ids and similarity that are missing; return the ids."""
     ids, similarity = _create(array, out, k=config.k)
+    if isinstance(config.method, CellsConfig):
+        cell_graph(array, out, config.k, config.method, config.resources)
+        return ids
     with track("graph", len(array), "images") as progress:
         written = [
             rows
@@ -194,7 +213,9 @@ def _search(array: ShardedArray, config: GraphConfig, out: Path) -> ShardedArray
         ]
         progress.skip(sum(written))
         if len(written) < array.num_shards:
-            with Search(array, config.resources) as search:
+            with Search(
+                array, config.resources, method=config.method, folder=out / "index"
+            ) as search:
                 for i in search.write_lists(ids, similarity):
                     progress.advance(array.shard_rows[i])
     return ids

@@ -1,0 +1,198 @@
+"""Numba kernels behind the cell join: keep each row's largest scores, and settle them exactly.
+
+Scores arrive as tiles of bfloat16 numbers seen as int16: for numbers that are not negative the
+order of the bits is the order of the values, so a whole vector of scores is compared at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from selfsup_ray.artifacts import Array
+
+LOWEST = -32768  # below the ordered bits of every finite number
+_LANES = 64  # scores looked at together: two AVX-512 registers
+_PART = 16  # then these, where something passed
+
+
+@njit(nogil=True, cache=True)
+def _ordered(bits: Any) -> Any:
+    """Return the bits of a bfloat16 number as an int16 that orders as the number does."""
+    return np.int16(bits ^ ((bits >> 15) & 0x7FFF))
+
+
+@njit(nogil=True, cache=True)
+def prune(keys: Any, ids: Any, used: Any, keep: int) -> Any:
+    """Move the `keep` largest of the first `used` keys to the front; return the smallest of them.
+
+    Of equal keys on the border the ones that came first stay.
+    """
+    low: Any = np.int32(LOWEST)
+    high: Any = np.int32(32767)
+    while low < high:  # the largest bound that at least `keep` keys reach
+        middle = (low + high + 1) >> 1
+        count = 0
+        for j in range(used):
+            count += np.int32(keys[j]) >= middle
+        if count >= keep:
+            low = middle
+        else:
+            high = middle - 1
+    above = 0
+    for j in range(used):
+        above += np.int32(keys[j]) > low
+    equal, place = keep - above, 0
+    for j in range(used):
+        key = np.int32(keys[j])
+        if key > low or (key == low and equal > 0):
+            if key == low:
+                equal -= 1
+            keys[place], ids[place] = keys[j], ids[j]
+            place += 1
+    return np.int16(low)
+
+
+@njit(nogil=True, cache=True)
+def keep_largest(
+    scores: Any,
+    columns: int,
+    first: int,
+    queries: Any,
+    own: int,
+    keep: int,
+    keys: Any,
+    ids: Any,
+    used: Any,
+    bound: Any,
+) -> None:
+    """Add a tile of scores to the candidates of its queries.
+
+    scores: (>= m, >= columns) int16 bits; row i belongs to query queries[i], column j to the row at
+    place first + j. own: the place of query 0; a query is no candidate of its own.
+    keys, ids: (n, capacity) candidates of every query, `used` of them filled; `bound` is the key
+    that a new one must exceed, LOWEST until `keep` are known.
+    """
+    capacity = keys.shape[1]
+    for i in range(queries.shape[0]):
+        q = queries[i]
+        row = scores[i]
+        limit, count, self_column = bound[q], used[q], own + q - first
+        for start in range(0, columns, _LANES):
+            stop = min(start + _LANES, columns)
+            if limit >= 0 and stop - start == _LANES:  # negative numbers have negative bits
+                largest = np.int16(LOWEST)
+                for j in range(_LANES):
+                    largest = max(largest, row[start + j])
+                if largest <= limit:
+                    continue
+            for part in range(start, stop, _PART):
+                end = min(part + _PART, stop)
+                if limit >= 0 and end - part == _PART:
+                    largest = np.int16(LOWEST)
+                    for j in range(_PART):
+                        largest = max(largest, row[part + j])
+                    if largest <= limit:
+                        continue
+                for j in range(part, end):
+                    key = _ordered(row[j])
+                    if key > limit and j != self_column:
+                        keys[q, count] = key
+                        ids[q, count] = first + j
+                        count += 1
+                        if count == capacity:
+                            limit = prune(keys[q], ids[q], count, keep)
+                            count = keep
+        used[q], bound[q] = count, limit
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _product(query: Any, row: Any) -> float:
+    total = 0.0
+    for t in range(query.shape[0]):
+        total += np.float64(query[t]) * np.float64(row[t])
+    return total
+
+
+@njit(nogil=True, cache=True)
+def settle(
+    queries: Any,
+    rows: Any,
+    order: Any,
+    keep: int,
+    keys: Any,
+    ids: Any,
+    used: Any,
+    out: Any,
+    values: Any,
+) -> None:
+    """Fill out and values (n, k) with the best of each query's candidates by float64 product.
+
+    queries: (n, d) float32; rows: (N, d) float32; order: (N,) the image at each place; the rest
+    as `keep_largest` left it. Best first, ties in float32 by lower image id; a query with fewer
+    than k candidates is left as it is.
+    """
+    k = out.shape[1]
+    for i in range(queries.shape[0]):
+        count = used[i]
+        if count > keep:
+            prune(keys[i], ids[i], count, keep)
+            count = keep
+        if count < k:
+            continue
+        filled = 0
+        for j in range(count):
+            place = np.int64(ids[i, j])
+            value = _product(queries[i], rows[place])
+            narrow = np.float32(value)
+            at = filled
+            if at == k:
+                last = np.float32(values[i, k - 1])
+                if narrow < last or (narrow == last and order[place] > order[out[i, k - 1]]):
+                    continue
+                at = k - 1
+            while at > 0 and (
+                np.float32(values[i, at - 1]) < narrow
+                or (np.float32(values[i, at - 1]) == narrow and out[i, at - 1] > place)
+            ):
+                values[i, at], out[i, at] = values[i, at - 1], out[i, at - 1]
+                at -= 1
+            values[i, at], out[i, at] = value, place
+            filled = min(filled + 1, k)
+
+
+def empty_candidates(n: int, capacity: int) -> tuple[Array, Array, Array, Array]:
+    """Return keys, ids, used and bound for n queries that have no candidate yet."""
+    keys = np.empty((n, capacity), np.int16)
+    ids = np.empty((n, capacity), np.int32)  # places: 2^31 rows at most
+    return keys, ids, np.zeros(n, np.int32), np.full(n, LOWEST, np.int16)
+
+
+@njit(nogil=True, cache=True)
+def _largest_columns(scores: Any, out: Any) -> None:
+    columns = scores.shape[1]
+    for i in range(scores.shape[0]):
+        row = scores[i]
+        largest = np.int16(LOWEST)
+        for j in range(columns):
+            if row[j] > largest:
+                largest = row[j]
+        if largest < 0:  # all numbers are negative: their bits order the other way round
+            largest = np.int16(LOWEST)
+            for j in range(columns):
+                if _ordered(row[j]) > largest:
+                    largest = _ordered(row[j])
+            largest = _ordered(largest)
+        for j in range(columns):
+            if row[j] == largest:
+                out[i] = j
+                break
+
+
+def largest_columns(scores: Array) -> Array:
+    """Return (n,) int64 columns of the largest of (n, m) bfloat16 bits, ties by lower column."""
+    out = np.empty(len(scores), np.int64)
+    _largest_columns(scores, out)
+    return out

@@ -1,0 +1,353 @@
+"""The kNN graph by the cell join, out of core: four rounds of tasks over files.
+
+Rounds: `sort` assigns the rows of each part of the corpus to cells and sorts them; `gather` puts
+the pieces of each range of cells together, in cell order; `join` finds the lists of each range;
+`scatter` brings the lists back into the order of the images. A task reads files, writes its own
+whole, and is skipped when they exist; its memory depends on the config, not on N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from selfsup_ray.artifacts import (
+    Array,
+    ShardedArray,
+    read_json,
+    require_disk,
+    whole_file,
+    write_json,
+)
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import NonNegative, Positive, Resources, config
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.ops.celljoin import Cells, join
+from selfsup_ray.ops.cells import CellTree, assign_cells, fit_cells
+from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
+from selfsup_ray.ops.neighbors import Neighbors, drop_self, exact_topk, merge_neighbors
+from selfsup_ray.ops.rng import permuted
+from selfsup_ray.progress import track
+
+MAX_CELLS = 262_144
+
+
+@config
+class CellsConfig:
+    """Cell join: k-means cells, products of near cells, exact settling of the best candidates."""
+
+    name: Literal["cells"] = "cells"
+    cell_size: Positive = 128
+    """Images per cell on average; above 34 million images cells grow instead of their number."""
+    probes: Positive = 16
+    """Cells an image looks into, its own included. More: recall, time."""
+    extra: NonNegative = 16
+    """Candidates beyond k that are settled exactly; they cover the rounding of bfloat16."""
+    sample_per_cell: Positive = 48
+    """Images per cell that the k-means is trained on, as far as `memory_mb` allows."""
+    memory_mb: Positive = 1000
+    """What one worker's arrays may take, about; a process has 0.5 GB besides."""
+    seed: NonNegative = 0
+    """Chooses the training sample and the first centers."""
+
+    def cells(self, n: int) -> int:
+        """Return the number of cells for n images."""
+        return max(1, min(n // self.cell_size, MAX_CELLS))
+
+
+@dataclass(frozen=True)
+class CellJoin:
+    """The tasks of one graph; picklable, since it holds paths and numbers only."""
+
+    features: Path
+    folder: Path
+    k: int
+    method: CellsConfig
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave what was opened behind: every process opens its own."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def array(self) -> ShardedArray:
+        """The rows to join."""
+        return ShardedArray.open(self.features)
+
+    @property
+    def work(self) -> Path:
+        """Folder of files that are removed when the graph is finished."""
+        return self.folder / "cells"
+
+    @cached_property
+    def part_shards(self) -> list[tuple[int, int]]:
+        """Ranges of the corpus' shards that one task sorts: parts of about equal size."""
+        budget = self.method.memory_mb * 1_000_000 // (self.array.shape[1] * 4 * 3 + 64)
+        cuts = [0]
+        for i, end in enumerate(self.array.offsets[1:]):
+            if end - self.array.offsets[cuts[-1]] > budget and i > cuts[-1]:
+                cuts.append(i)
+        return list(pairwise([*cuts, self.array.num_shards]))
+
+    # -- sort
+
+    def fit(self) -> None:
+        """Fit the cells on a random sample and write `tree.npz`."""
+        n, dim = self.array.shape
+        cells = self.method.cells(n)
+        most = max(cells, self.method.memory_mb * 1_000_000 // (dim * 4 * 3))
+        size = min(n, cells * self.method.sample_per_cell, most)
+        chosen = np.sort(permuted(np.arange(size), n=n, seed=self.method.seed, epoch=0))
+        tree = fit_cells(self.array.rows(chosen), num_cells=cells, seed=self.method.seed)
+        with whole_file(self.work / "tree.npz") as path, open(path, "wb") as file:
+            np.savez(file, centers=tree.centers, coarse=tree.coarse, cuts=tree.cuts)
+
+    @cached_property
+    def tree(self) -> CellTree:
+        """The cells."""
+        stored = np.load(self.work / "tree.npz")
+        return CellTree(stored["centers"], stored["coarse"], stored["cuts"])
+
+    def sort(self, part: int) -> None:
+        """Write the rows of a part in the order of their cells: runs of rows, ids and borders."""
+        a, b = self.part_shards[part]
+        rows = np.concatenate([self.array.shard(i) for i in range(a, b)])
+        first = int(self.array.offsets[a])
+        finite = np.isfinite(rows).all(axis=1)
+        if not finite.all():
+            raise ArtifactError(
+                f"{self.features} holds a number that is not finite in row "
+                f"{first + int(np.argmin(finite))}. Look at the encoder's training for "
+                f"divergence, then embed again."
+            )
+        cells = assign_cells(rows, self.tree)
+        order = np.argsort(cells, kind="stable")
+        counts = np.bincount(cells, minlength=len(self.tree.centers))
+        self._write("run_rows", part, rows[order])
+        self._write("run_ids", part, first + order)
+        self._write("run_borders", part, np.concatenate([[0], np.cumsum(counts)]))
+
+    # -- gather
+
+    def plan(self) -> None:
+        """Cut the cells into ranges of about equal size and write `borders.npy` and `ranges`."""
+        borders = sum(self._read("run_borders", part) for part in range(len(self.part_shards)))
+        assert isinstance(borders, np.ndarray)
+        # A range costs its rows, and its candidates: 6 bytes each, twice k + extra of them.
+        row_bytes = self.array.shape[1] * 6 + (self.k + self.method.extra) * 12 + self.k * 16
+        most = min(131_072, max(4096, self.method.memory_mb * 1_000_000 // row_bytes))
+        cuts = [0]
+        for cell in range(1, len(borders)):
+            if borders[cell] - borders[cuts[-1]] > most and cell - 1 > cuts[-1]:
+                cuts.append(cell - 1)
+        cuts.append(len(borders) - 1)
+        rows = np.diff(borders[cuts])
+        cut = rows.astype(int).tolist()
+        ShardedArray.create(self.folder / "order", shard_rows=cut, row_shape=(), dtype="int64")
+        with whole_file(self.work / "borders.npy") as path, open(path, "wb") as file:
+            np.save(file, borders)
+        n, dim = self.array.shape
+        for name, shape, kind in (("rows", (n, dim), np.float32), ("order", (n,), np.int64)):
+            np.lib.format.open_memmap(self.work / f"{name}.npy", "w+", kind, shape).flush()
+        write_json(self.work / "ranges.json", [int(cut) for cut in cuts])
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Ranges of cells that are gathered and joined at once."""
+        return list(pairwise(read_json(self.work / "ranges.json")))
+
+    @cached_property
+    def borders(self) -> Array:
+        """(K + 1,) the first place of each cell."""
+        return np.asarray(np.load(self.work / "borders.npy"))
+
+    @cached_property
+    def order(self) -> ShardedArray:
+        """(N,) the id of the image at each place."""
+        return ShardedArray.open(self.folder / "order")
+
+    def gather(self, i: int) -> None:
+        """Put the pieces of range i together: its rows in cell order, distinct ones first."""
+        low, high = self.ranges[i]
+        pieces: list[tuple[Array, Array, Array]] = []
+        for part in range(len(self.part_shards)):
+            cuts = self._read("run_borders", part)
+            here = slice(int(cuts[low]), int(cuts[high]))
+            cells = np.repeat(np.arange(low, high), np.diff(cuts[low : high + 1]))
+            rows, ids = self._read("run_rows", part)[here], self._read("run_ids", part)[here]
+            pieces.append((rows, ids, cells))
+        rows, ids, cells = (np.concatenate(each) for each in zip(*pieces, strict=True))
+        del pieces
+        order, leader = leaders_first(rows, ids, cells)
+        start, follows = int(self.borders[low]), np.flatnonzero(leader != np.arange(len(leader)))
+        for name, values in (("rows", rows), ("order", ids)):
+            target = np.load(self.work / f"{name}.npy", mmap_mode="r+")
+            target[start : start + len(order)] = values[order]
+            target.flush()
+        table = np.stack([leader[follows] + start, ids[order][follows], follows + start], axis=1)
+        self._write("followers", i, table.astype(np.int64))
+        self.order.write_shard(i, ids[order])
+
+    # -- join
+
+    @cached_property
+    def followers(self) -> Followers:
+        """Images whose rows equal another's: few, or the corpus is mostly duplicates."""
+        tables = [self._read("followers", i) for i in range(len(self.ranges))]
+        return Followers.of(np.concatenate(tables))
+
+    @cached_property
+    def cells(self) -> Cells:
+        """The rows in cell order, memory-mapped."""
+        owner = np.searchsorted(self.borders, self.followers.place, side="right") - 1
+        followers = np.bincount(owner, minlength=len(self.borders) - 1)
+        rows, order = (np.load(self.work / f"{x}.npy", mmap_mode="r") for x in ("rows", "order"))
+        return Cells(self.tree.centers, self.borders, self.borders[1:] - followers, rows, order)
+
+    def join(self, i: int) -> None:
+        """Find the lists of range i and write them as a run sorted by image id."""
+        low, high = self.ranges[i]
+        start, stop = int(self.borders[low]), int(self.borders[high])
+        cells, method = self.cells, self.method
+        keep = self.k + method.extra
+        found, lacking = join(cells, start, stop, k=self.k, probes=method.probes, keep=keep)
+        if len(lacking):
+            rest = self._search_all(start + lacking)
+            found.ids[lacking], found.similarity[lacking] = rest.ids, rest.similarity
+        own = np.arange(start, stop)
+        rows = cells.rows[start:stop]
+        lengths = np.einsum("nd,nd->n", rows, rows, dtype=np.float64).astype(np.float32)
+        lists = expand(found, own, lengths, cells.order, self.followers)
+        by_id = np.argsort(cells.order[start:stop])
+        self._write("list_similarity", i, lists.similarity[by_id])
+        self._write("list_neighbors", i, lists.ids[by_id].astype(self.id_type))
+        self._write("list_ids", i, np.asarray(cells.order[start:stop][by_id]))
+
+    def _search_all(self, places: Array) -> Neighbors:
+        """Return the lists of rows whose cells held too few others, by exact search, -1 padded."""
+        cells, queries = self.cells, self.cells.rows[places]
+        best: list[Neighbors] = []
+        for low, high in self.ranges:
+            spans = zip(cells.starts[low:high], cells.ends[low:high], strict=True)
+            here = np.concatenate([np.arange(a, b) for a, b in spans])
+            if not len(here):
+                continue
+            found = exact_topk(queries, cells.rows[here], k=min(self.k + 1, len(here)))
+            best = [
+                merge_neighbors([*best, Neighbors(here[found.ids], found.similarity)], k=self.k + 1)
+            ]
+        # Lists that lack the row itself (a follower's do) give up their last entry instead.
+        missing = self.k + 1 - best[0].k
+        ids = np.pad(best[0].ids, ((0, 0), (0, missing)), constant_values=-1)
+        similarity = np.pad(best[0].similarity, ((0, 0), (0, missing)))
+        return drop_self(Neighbors(ids, similarity), places)
+
+    # -- scatter
+
+    @property
+    def id_type(self) -> np.dtype[np.signedinteger]:
+        """Type of the ids in lists."""
+        return np.dtype(np.int32 if len(self.array) < 2**31 else np.int64)
+
+    def scatter(self, part: int) -> None:
+        """Write the shards of a part of the corpus from all runs of lists."""
+        a, b = self.part_shards[part]
+        first, last = int(self.array.offsets[a]), int(self.array.offsets[b])
+        ids = np.empty((last - first, self.k), self.id_type)
+        similarity = np.empty((last - first, self.k), np.float32)
+        for i in range(len(self.ranges)):
+            owners = self._read("list_ids", i)
+            low, high = np.searchsorted(owners, [first, last])
+            rows = owners[low:high] - first
+            ids[rows] = self._read("list_neighbors", i)[low:high]
+            similarity[rows] = self._read("list_similarity", i)[low:high]
+        out = ShardedArray.open(self.folder / "ids"), ShardedArray.open(self.folder / "similarity")
+        for shard in range(a, b):
+            here = slice(*(int(x) - first for x in self.array.offsets[shard : shard + 2]))
+            out[1].write_shard(shard, similarity[here])
+            out[0].write_shard(shard, ids[here])
+
+    def _path(self, kind: str, i: int) -> Path:
+        return self.work / f"{kind}-{i:05d}.npy"
+
+    def _write(self, kind: str, i: int, values: Array) -> None:
+        with whole_file(self._path(kind, i)) as path, open(path, "wb") as file:
+            np.save(file, values)
+
+    def _read(self, kind: str, i: int) -> Array:
+        stored: Array = np.load(self._path(kind, i), mmap_mode="r")
+        return stored
+
+    def is_written(self, kind: str, i: int) -> bool:
+        """Return whether the last file of a task is there, and so all of them."""
+        return self._path(kind, i).exists()
+
+
+def cell_graph(
+    array: ShardedArray, folder: Path, k: int, method: CellsConfig, ask: Resources
+) -> None:
+    """Write `ids`, `similarity` and `order` of the kNN graph into a folder that has the first two.
+
+    What an interrupted run finished is kept. The files depend on the rows, k and the method, never
+    on the workers.
+    """
+    task = CellJoin(array.path.resolve(), folder.resolve(), k, method)
+    n, dim = array.shape
+    if not (task.work / "tree.npz").exists():
+        require_disk(folder, size_bytes=n * (2 * dim * 4 + k * 8 + 24))
+        task.fit()
+    parts = range(len(task.part_shards))
+    _round(
+        task.sort, "graph: sort", [i for i in parts if not task.is_written("run_borders", i)], ask
+    )
+    if not (task.work / "ranges.json").exists():
+        task.plan()
+    ranges = range(len(task.ranges))
+    _round(task.gather, "graph: gather", [i for i in ranges if not task.order.is_written(i)], ask)
+    _round(task.join, "graph: join", [i for i in ranges if not task.is_written("list_ids", i)], ask)
+    ids = ShardedArray.open(folder / "ids")
+    left = [i for i in parts if not all(ids.is_written(j) for j in range(*task.part_shards[i]))]
+    _round(task.scatter, "graph: scatter", left, ask)
+
+
+def remove_work(folder: Path) -> None:
+    """Delete what only an interrupted build needs; the cells and the order stay."""
+    for path in (folder / "cells").glob("*.npy"):
+        if path.name != "borders.npy":
+            path.unlink()
+
+
+def _round(fn: Callable[[int], None], label: str, todo: list[int], ask: Resources) -> None:
+    """Run one round of tasks by Ray, or here on as many threads as `cpus`, in no fixed order."""
+    if ask.workers or ask.cpus < 2:
+        for _ in map_shards(_OneThread(fn), todo, ask, label=label):
+            pass
+        return
+    with ThreadPoolExecutor(
+        int(ask.cpus), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        with track(label, len(todo), "shards") as progress:
+            for _ in pool.map(fn, todo):
+                progress.advance()
+
+
+@dataclass(frozen=True)
+class _OneThread:
+    """A task on one thread: sums have the same order everywhere, and tasks run side by side."""
+
+    fn: Callable[[int], None]
+
+    def __call__(self, i: int) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self.fn(i)
+        finally:
+            torch.set_num_threads(threads)
