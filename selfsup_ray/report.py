@@ -12,7 +12,9 @@ from selfsup_ray.report_clusters import (
     neighbors_section,
 )
 from selfsup_ray.report_confusion import confusion_section
+from selfsup_ray.report_graph import duplicates_section, hubs_section, outliers_section
 from selfsup_ray.report_html import Section, page
+from selfsup_ray.report_lowshot import lowshot_section
 from selfsup_ray.report_run import Run
 from selfsup_ray.report_scores import scores_section
 from selfsup_ray.report_sections import (
@@ -26,8 +28,12 @@ SECTIONS = (
     clusters_section,
     confusion_section,
     scores_section,
+    lowshot_section,
     map_section,
     neighbors_section,
+    duplicates_section,
+    outliers_section,
+    hubs_section,
     training_section,
     corpus_section,
 )
@@ -39,7 +45,8 @@ def write_report(run: Path) -> Path:
 
     The page needs nothing but itself: figures are inline SVG, images are data URIs. What the run
     has not made is left out, with the reason. Memory does not grow with the corpus: images, map
-    and neighbors come from bounded samples, sizes and extremes from one pass over the shards.
+    and neighbors come from bounded samples, sizes and extremes from passes over the shards; only
+    the in-degrees of the graph take 4 bytes an image. Pairs of near duplicates are written beside.
     Raises ArtifactError when the folder holds no stage of a run.
     """
     opened = Run.open(Path(run))

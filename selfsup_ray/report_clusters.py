@@ -12,12 +12,13 @@ from selfsup_ray import plots
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.report_html import Section, figures, paragraph, percent
 from selfsup_ray.report_images import Sheet, map_picture, place, sheet_size, thumb, thumbnails
-from selfsup_ray.report_run import Clusters, Run, map_positions, sample_ids
+from selfsup_ray.report_map import placement
+from selfsup_ray.report_run import Clusters, Run, sample_ids
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-MAP_IMAGES = 2_000
-"""Images on the map: t-SNE of these takes about 4 s of CPU."""
+RANKED = 2_000
+"""Images whose neighbors are measured by rank."""
 MAP_CELLS = 30
 """Thumbnails along the longer side of the map of images."""
 MOST_SHEETS = 1_000
@@ -139,7 +140,7 @@ def neighbors_section(run: Run) -> Section | str:
         return "No neighbors: the stage graph has not finished in this run."
     if not len(graph) or not graph.k:
         return "No neighbors: the graph is empty."
-    ids = sample_ids(len(graph), MAP_IMAGES)
+    ids = sample_ids(len(graph), RANKED)
     similarity = graph.similarity.rows(ids)
     quantiles = np.quantile(similarity, [0.1, 0.5, 0.9], axis=0).T
     agreement = None if corpus is None else _agreement(corpus, ids, graph.ids.rows(ids))
@@ -233,15 +234,14 @@ def map_section(run: Run) -> Section | str:
     """A 2-D map of a sample of the embeddings: by cluster, by label where known, and as images."""
     if run.embeddings is None:
         return "No map: the stage embed has not finished in this run."
-    rows = run.embeddings.array
-    ids = sample_ids(len(rows), MAP_IMAGES)
-    xy = map_positions(np.asarray(rows.rows(ids), np.float32))
-    if xy is None:
+    placed = placement(run)
+    if placed is None:
         return "No map: fewer than 4 images, or all embeddings are equal (a collapsed encoder)."
+    ids, xy = placed.ids, placed.xy
     text = (
-        f"{len(ids):,} of {len(rows):,} images, placed by t-SNE of their embeddings (cosine, fixed "
-        f"seed): images that look alike to the encoder are close; distances between far groups and "
-        f"the axes have no meaning."
+        f"{len(ids):,} of {len(run.embeddings):,} images, {placed.words} (cosine, fixed seed): "
+        f"images that look alike to the encoder are close; distances between far groups and the "
+        f"axes have no meaning."
     )
     clusters, hues = _cluster_hues(run, ids)
     panels = []

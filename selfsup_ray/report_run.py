@@ -21,6 +21,7 @@ from selfsup_ray.ops.metrics import cluster_accuracy, contingency
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph
+from selfsup_ray.stages.reduce import Reduced
 from selfsup_ray.tracking import read_records
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -124,6 +125,12 @@ class Run:
         """Unit rows (N, d)."""
         stage = self.stage("embed")
         return None if stage is None else Embeddings.open(stage.path)
+
+    @cached_property
+    def searched(self) -> Embeddings | Reduced | None:
+        """The rows that the graph was built on."""
+        stage = self.stage("reduce")
+        return self.embeddings if stage is None else Reduced.open(stage.path)
 
     @cached_property
     def graph(self) -> Graph | None:
@@ -311,31 +318,6 @@ class _Extremes:
         result.ids[cluster[top], rank[top]] = ids[top]
         result.scores[cluster[top], rank[top]] = scores[top]
         return result
-
-
-def map_positions(rows: Array) -> Array | None:
-    """Return t-SNE positions (n, 2) of unit rows (n, d), or None when the rows show no structure.
-
-    van der Maaten and Hinton 2008, Barnes-Hut, from the first two principal components. One thread:
-    the sum over threads would round differently on every run. 500 steps place neighbors as well as
-    the usual 1,000 (trustworthiness 0.946 for both on 2,000 CIFAR-10 images).
-    """
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
-    n = len(rows)
-    if n < 4:
-        return None
-    centered = rows - rows.mean(axis=0)
-    if np.abs(centered).max() < 1e-5:
-        return None
-    with threadpool_limits(limits=1):
-        u, s, _ = np.linalg.svd(centered, full_matrices=False)
-        start_xy = (u[:, :2] * s[:2]).astype(np.float32)
-        start_xy *= 1e-4 / max(float(start_xy[:, 0].std()), 1e-12)
-        perplexity = min(30.0, (n - 1) / 3)
-        made = TSNE(init=start_xy, perplexity=perplexity, max_iter=500, learning_rate="auto")
-        return np.asarray(made.fit_transform(rows))
 
 
 def thinned(values: Array, points: int) -> Array:

@@ -21,6 +21,7 @@ LEVELS = {
     ),
     **dict.fromkeys(["report_clusters", "report_confusion", "report_html", "report_images"], 4),
     **dict.fromkeys(["report_lowshot", "report_run", "report_scores", "report_sections"], 4),
+    **dict.fromkeys(["report_graph", "report_map", "report_neighbors"], 4),
     **dict.fromkeys(["cli", "__init__", "__main__"], 5),
 }
 # Imports between two packages of one level that the design asks for; the other way is refused.

@@ -133,7 +133,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-EVERY = ["clusters", "confusion", "scores", "map", "neighbors", "training", "corpus"]
+EVERY = ["clusters", "confusion", "scores", "map", "neighbors", "duplicates", "outliers", "hubs"]
+EVERY += ["training", "corpus"]
 
 
 def test_a_whole_run_has_every_section_and_a_table_of_contents(whole: Path):

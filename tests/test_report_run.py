@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.manifold import trustworthiness
 
 from selfsup_ray.artifacts import Array, ShardedArray
 from selfsup_ray.errors import ArtifactError
@@ -13,7 +12,6 @@ from selfsup_ray.report_run import (
     Clusters,
     Run,
     chunks,
-    map_positions,
     sample_ids,
     scan_clusters,
     thinned,
@@ -100,22 +98,6 @@ def test_a_sample_is_distinct_ascending_and_the_same_each_time():
     assert len(set(ids.tolist())) == 200 and (np.diff(ids) > 0).all()
     np.testing.assert_array_equal(ids, sample_ids(10_000, 200))
     np.testing.assert_array_equal(sample_ids(7, 200), np.arange(7))
-
-
-def test_the_map_keeps_neighbors_and_is_the_same_each_time():
-    generator = np.random.default_rng(0)
-    centers = generator.normal(size=(4, 16))
-    rows = centers[np.arange(160) % 4] + 0.3 * generator.normal(size=(160, 16))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    xy = map_positions(rows)
-    assert xy is not None and xy.shape == (160, 2)
-    assert trustworthiness(rows, xy, n_neighbors=10) > 0.9
-    np.testing.assert_array_equal(xy, map_positions(rows))
-
-
-def test_there_is_no_map_of_collapsed_embeddings_or_of_three_images():
-    assert map_positions(np.full((50, 4), 0.5, np.float32)) is None
-    assert map_positions(np.eye(3, dtype=np.float32)) is None
 
 
 def test_thinned_values_are_means_of_consecutive_ones():
