@@ -47,7 +47,7 @@ class CpuSpread:
     def _note(self, totals: Array) -> None:
         self._totals = totals
         self.mass = totals[: self.seeds.num]
-        self._scale = scales(totals, self.variant.normalize_columns)
+        self._scale = scales(totals, self.variant.normalizes)
 
     def step(self) -> None:
         """Go from L_t to L_{t + 1}."""
@@ -74,9 +74,11 @@ class CpuSpread:
             self._x[self.labelled] = 0
             self._x[self.seeds.places, self.seeds.columns] = 0x3F80 if self.is_short else 1.0
             totals = self._column_sums()
+        scale = np.ones(self.width, np.float32)
         for _ in range(variant.sinkhorn):
-            self._normalize_rows(scales(totals, variant.normalize_columns))
+            self._normalize_rows(scale)
             totals = self._column_sums()
+            scale = scales(totals)
         self._note(totals)
 
     def _values(self, start: int, stop: int) -> Array:

@@ -22,6 +22,11 @@ class Variant:
     reset_seeds: bool = False
     sinkhorn: int = 0
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether the columns of L_t sum to 1 in the end."""
+        return self.normalize_columns or self.sinkhorn > 0
+
 
 class Spread(Protocol):
     """L_t of the classes [first, stop) for all N nodes, C = stop - first columns."""
@@ -74,7 +79,7 @@ def spread_bytes(nodes: int, classes: int, *, dtype: str) -> int:
     return nodes * (2 * column_width(classes) * (2 if dtype == "bfloat16" else 4) + 2)
 
 
-def scales(totals: Array, normalize: bool) -> Array:
+def scales(totals: Array, normalize: bool = True) -> Array:
     """Return the float32 factors that make columns sum to 1; 1 for an empty column."""
     if not normalize:
         return np.ones(len(totals), np.float32)

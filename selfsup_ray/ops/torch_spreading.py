@@ -56,7 +56,7 @@ class TorchSpread:
         self._scale = self._scales(totals)
 
     def _scales(self, totals: Tensor) -> Tensor:
-        if not self.variant.normalize_columns:
+        if not self.variant.normalizes:
             return torch.ones_like(totals, dtype=torch.float32)
         return (1 / totals.where(totals > 0, 1)).float()
 
@@ -71,9 +71,11 @@ class TorchSpread:
             self._x[self.labelled] = 0
             self._x[self._at] = 1
             totals = self._column_sums()
+        scale = torch.ones_like(self._scale)
         for _ in range(variant.sinkhorn):
-            self._normalize_rows(self._scales(totals))
+            self._normalize_rows(scale)
             totals = self._column_sums()
+            scale = self._scales(totals)
         self._note(totals)
 
     def _pieces(self) -> list[tuple[int, int]]:

@@ -119,7 +119,7 @@ class ByRows:
 
     def scale(self, t: int) -> Array:
         """Return the factors that normalise the stored labels of a finished step."""
-        return scales(self.totals(t), True)
+        return scales(self.totals(t))
 
     def make(self, t: int, shard: int) -> None:
         """Write the rows of L_t of one shard, then their column sums per block."""

@@ -1,0 +1,103 @@
+"""Diffusion by torch alone: the same as the kernels, on a graph made with and without numba."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selfsup_ray.ops import adjacency
+from selfsup_ray.ops.adjacency import Adjacency, Links, build_adjacency
+from selfsup_ray.ops.cpu_spreading import CpuSpread
+from selfsup_ray.ops.spreading import Variant
+from selfsup_ray.ops.torch_spreading import TorchSpread
+
+N, C = 900, 37
+
+
+def lists(n: int = N, k: int = 7, seed: int = 0) -> np.ndarray:
+    """Random lists that nearly all hold node 3, with repeated, own and missing ids."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, n, (n, k)).astype(np.int32)
+    ids[:-9, 2] = 3
+    ids[::7, 1] = ids[::7, 4]
+    ids[::5, 3] = np.arange(n)[::5]
+    ids[rng.random((n, k)) < 0.1] = -1
+    return ids
+
+
+def seeds() -> np.ndarray:
+    made = np.full(N, -1)
+    made[np.random.default_rng(1).permutation(N)[:80]] = np.arange(80) % (C - 1)
+    return made
+
+
+def rows_of(graph: Adjacency) -> list[tuple[list[int], list[int]]]:
+    """Neighbors of each place that weigh 2, and those that weigh 1."""
+    out = []
+    for p in range(len(graph)):
+        row = graph.ids[graph.indptr[p] : graph.indptr[p + 1]].tolist()
+        out.append((row[: graph.twice[p]], row[graph.twice[p] :]))
+    return out
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_torch_and_numba_make_the_rows_of_slow_loops(
+    monkeypatch: pytest.MonkeyPatch, ordered: bool, reciprocal: bool
+):
+    ids, order = lists(), np.random.default_rng(2).permutation(N) if ordered else None
+    place = np.argsort(order) if ordered else np.arange(N)
+    near = [{int(j) for j in row if j >= 0} | {i} for i, row in enumerate(ids)]
+    wanted: list[tuple[list[int], list[int]]] = [([], [])] * N
+    for i in range(N):
+        both = [j for j in range(N) if j in near[i] and i in near[j]]
+        one = [j for j in range(N) if (j in near[i]) != (i in near[j])]
+        rows = sorted(int(place[j]) for j in both), sorted(int(place[j]) for j in one)
+        wanted[int(place[i])] = rows if not reciprocal else (rows[0], [])
+    made = build_adjacency(Links(ids), order=order, reciprocal=reciprocal, threads=2)
+    assert rows_of(made) == wanted
+    monkeypatch.setattr(adjacency, "has_numba", lambda: False)
+    assert rows_of(build_adjacency(Links(ids), order=order, reciprocal=reciprocal)) == wanted
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [Variant(), Variant(reset_seeds=True), Variant(sinkhorn=2), Variant(normalize_columns=False)],
+    ids=str,
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_torch_takes_the_same_steps_as_the_kernels(variant: Variant, dtype: Any, tolerance: float):
+    graph, near = build_adjacency(Links(lists())), lists(60, seed=3)
+    how: dict[str, Any] = {"dtype": dtype, "variant": variant}
+    fast = CpuSpread(graph, seeds(), 2, C, threads=1, **how)
+    slow = TorchSpread(graph, seeds(), 2, C, device="cpu", **how)
+    for _ in range(4):
+        wanted = fast.sums(near)
+        np.testing.assert_allclose(slow.sums(near), wanted, atol=tolerance * wanted.max())
+        np.testing.assert_allclose(slow.mass, fast.mass, rtol=tolerance)
+        fast.step()
+        slow.step()
+
+
+def test_torch_and_the_kernels_name_the_same_best_classes_with_ties_to_the_lower():
+    graph = build_adjacency(Links(lists()))
+    fast = CpuSpread(graph, seeds(), 0, C, threads=2, dtype="float32", variant=Variant())
+    slow = TorchSpread(graph, seeds(), 0, C, dtype="float32", device="cpu", variant=Variant())
+    for state in (fast, slow):
+        classes, values = state.top(np.arange(N), 5)
+        rows = state.sums(np.arange(N)[:, None])
+        order = np.argsort(-rows, axis=1, kind="stable")[:, :5]
+        np.testing.assert_array_equal(classes, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(rows, order, axis=1))
+
+
+def test_pieces_of_a_gather_change_rounding_at_most(monkeypatch: pytest.MonkeyPatch):
+    from selfsup_ray.ops import torch_spreading
+
+    graph, found = build_adjacency(Links(lists())), []
+    for size in (2**28, 2**14):
+        monkeypatch.setattr(torch_spreading, "GATHERED_BYTES", size)
+        state = TorchSpread(graph, seeds(), 0, C, dtype="float32", device="cpu", variant=Variant())
+        state.step()
+        found.append(state.sums(lists()))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
