@@ -45,12 +45,14 @@ def lowshot_section(run: Run) -> Section | str:
 
 
 def _setting(facts: Mapping[str, Any], made: Mapping[str, Any]) -> str:
-    novel, total = facts["num_novel"], facts["num_classes"]
+    novel = facts["num_novel"]
+    base = facts["num_classes"] - novel
+    labelled = "class has all its labels" if base == 1 else "classes have all their labels"
+    few = "novel class" if novel == 1 else "novel classes"
     return (
-        f"{total - novel} base classes have all their labels ({facts['base_images']:,} images), "
-        f"{novel} novel classes have n images each; {facts['test_images']:,} test images of both. "
-        f"Mean and deviation in percent over {len(made['seeds'])} choices of the n images; the "
-        f"best of a column is in bold type for each n."
+        f"{base} base {labelled}, {novel} {few} n of them: {facts['base_images']:,} images and n a "
+        f"novel class learn, {facts['test_images']:,} images of all test. Mean and deviation in "
+        f"percent over {len(made['seeds'])} choices of the n; the best of each n is bold."
     )
 
 

@@ -52,7 +52,7 @@ def test_the_section_shows_the_table_with_the_best_in_bold_and_what_was_chosen(t
     assert isinstance(made, Section)
     assert made.body.count("<b>61.20 ± 1.23</b>") == 4
     assert "50.00 ± 1.23" in made.body and "<b>50.00" not in made.body
-    assert "40 base classes have all their labels (20,000 images)" in made.body
+    assert "40 base classes have all their labels, 11 novel classes n of them" in made.body
     assert "2 steps" in made.body
     assert "lr 0.01, weight decay 0.1, batch size 16, iterations 50" in made.body
     assert made.body.count("<svg") == 1

@@ -303,7 +303,7 @@ def _facts(
         "test_images": len(test.test_ids),
     }
     for name, setup in (("validation", "val"), ("test", "test")):
-        for number in ("top5_all", "top5_novel"):
+        for number in ("top1_all", "top1_novel", "top5_all", "top5_novel"):
             means = [made[setup][str(n)][config.headline][number]["mean"] for n in config.shots]
             facts[f"{name}_{number.removesuffix('_all')}"] = float(np.mean(means))
     return facts

@@ -13,6 +13,8 @@ from selfsup_ray.ops.completion import (
     with_rows,
     with_rows_both,
 )
+from selfsup_ray.ops.diffusion import diffuse_scores
+from selfsup_ray.ops.lowshot import hit_rates, label_ranks
 from selfsup_ray.ops.neighbors import Neighbors
 
 
@@ -91,6 +93,34 @@ def test_sharing_the_base_equals_completing_from_nothing():
     for first, part in ((0, background), (30, base), (60, novel)):
         lists = with_rows(lists, test, part, first=first)
     same(lists, whole(test, rows, 6, own=False))
+
+
+def test_completing_a_mixture_gives_the_accuracies_of_the_known_recipe():
+    """1,000 background rows, two labelled ones of each of 20 classes; k = 30 with self."""
+    state = np.random.RandomState(0)
+    mu = state.randn(20, 32)
+    of_background = state.choice(20, 1000, p=np.full(20, 0.05))
+    of_test = state.choice(20, 2000)
+    background = mu[of_background] + 1.6 * state.randn(1000, 32)
+    test = mu[of_test] + 1.6 * state.randn(2000, 32)
+    labelled = mu[np.repeat(np.arange(20), 2)] + 1.6 * state.randn(40, 32)
+    background, test, labelled = (
+        (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+        for rows in (background, test, labelled)
+    )
+    shards = [(own_lists(background, k=29), background)]
+    ids = np.concatenate([part.ids for part in completed(shards, labelled, k=29)])
+    lists = with_rows(empty_lists(2000, 30), test, background, first=0)
+    lists = with_rows(lists, test, labelled, first=1000)
+    seeds = np.concatenate([np.full(1000, -1), np.repeat(np.arange(20), 2)])
+    scores = diffuse_scores(ids.astype(np.int32), seeds, lists.ids, num_classes=20, niter=8)
+    top1 = [
+        100 * hit_rates(label_ranks(s, of_test), of_test, np.ones(20, bool))["top1_all"]
+        for s in scores
+    ]
+    known = {0: 47.70, 1: 75.15, 2: 77.20, 3: 76.00, 4: 73.55, 5: 71.35, 8: 63.50}
+    for t, accuracy in known.items():
+        assert top1[t] == pytest.approx(accuracy, abs=0.1)
 
 
 def test_a_tie_keeps_the_entry_that_was_there_first():
