@@ -19,6 +19,8 @@ from selfsup_ray.report_html import Section, counted, figures, paragraph, percen
 from selfsup_ray.report_images import Sheet, thumb, thumbnails
 from selfsup_ray.report_neighbors import (
     MOST_PAIRS,
+    NEAR_IMAGES,
+    NEAR_SHARE,
     NEAR_SIMILARITY,
     NearDuplicates,
     in_degrees,
@@ -51,10 +53,12 @@ def duplicates_section(run: Run) -> Section | str:
         return f"No near duplicates: no two images have a similarity of {found.from_:.2f} or more."
     _write_pairs(path, found, corpus)
     cut = f" (the {MOST_PAIRS:,} most similar ones)" if found.is_cut else ""
-    reached = ", which the nearest image of one in a hundred reaches"
+    chosen = (
+        f", which {percent(NEAR_SHARE)} of the images (at least {NEAR_IMAGES}) have with another"
+    )
     text = (
         f"{counted(len(found.pairs), 'pair')}{cut} in {counted(found.num_groups, 'group')} from a "
-        f"similarity of {found.from_:.3f} on{reached if found.from_ > NEAR_SIMILARITY else ''}. "
+        f"similarity of {found.from_:.3f} on{chosen if found.from_ > NEAR_SIMILARITY else ''}. "
         f"Whether these are copies, series or different things only a look can tell; files with "
         f"the same bytes are not among them. {path.name} names all."
     )

@@ -20,8 +20,8 @@ SameFile = Callable[[Array, Array], Array]
 
 PIECE = 65_536
 """Rows of the graph read at a time."""
-NEAR_SHARE = 0.01
-"""Share of the images whose nearest other image counts as a near duplicate, at most."""
+NEAR_SHARE, NEAR_IMAGES = 0.01, 10
+"""Images that are given a near duplicate: this share of all, or this many where that is more."""
 NEAR_SIMILARITY = 0.9
 """Lowest similarity of a near duplicate."""
 MOST_PAIRS = 200_000
@@ -151,8 +151,8 @@ def outliers(graph: Graph) -> Extremes:
 def near_duplicates(graph: Graph, is_copy: SameFile | None) -> NearDuplicates:
     """Return pairs of images that are nearly the same without being copies of one file.
 
-    Counted are pairs from the similarity that the nearest other image of NEAR_SHARE of all images
-    reaches, and from NEAR_SIMILARITY at least: what cosine means "nearly the same" depends on the
+    Counted are pairs from the similarity on that leaves NEAR_SHARE of the images with such a
+    neighbor, and from NEAR_SIMILARITY at least: what cosine means "nearly the same" depends on the
     encoder, so a fixed one would name nobody or everybody. is_copy: None counts copies too.
     """
     from_ = _threshold(graph, is_copy)
@@ -186,8 +186,8 @@ def _threshold(graph: Graph, is_copy: SameFile | None) -> float:
         nearest = np.where(counted, similarity, -np.inf).max(axis=1)
         nearest = np.maximum(1.0 - nearest[np.isfinite(nearest)].astype(np.float64), 0.0)
         counts += np.histogram(nearest, edges)[0]
-    reached = np.flatnonzero(np.cumsum(counts) >= max(1.0, NEAR_SHARE * counts.sum()))
-    distance = edges[reached[0] + 1] if len(reached) else 0.0
+    reached = np.flatnonzero(np.cumsum(counts) >= max(NEAR_IMAGES, NEAR_SHARE * counts.sum()))
+    distance = edges[reached[0] + 1] if len(reached) else 2.0
     return float(max(1.0 - distance, NEAR_SIMILARITY))
 
 
