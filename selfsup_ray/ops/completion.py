@@ -135,7 +135,7 @@ def _improve(
     open_ = np.flatnonzero(threshold == -np.inf)
     if len(open_) and product.shape[1] > k:
         threshold[open_] = np.partition(product[open_], -k, axis=1)[:, -k]
-    i, j = np.nonzero(product >= (threshold - slack)[:, None])
+    i, j = _where(product >= (threshold - slack)[:, None])
     if not len(i):
         return
     exact = np.empty(len(i), np.float32)
@@ -145,8 +145,17 @@ def _improve(
     _merge_flat(lists, i + part.start, j + first, exact)
 
 
+def _where(mask: Array) -> tuple[Array, Array]:
+    """Return np.nonzero(mask), in any order: one pass over the mask as it lies in memory."""
+    if mask.flags.c_contiguous:
+        i, j = np.divmod(np.flatnonzero(mask), mask.shape[1])
+        return i, j
+    j, i = np.divmod(np.flatnonzero(mask.T), mask.shape[0])
+    return i, j
+
+
 def _merge_flat(lists: Neighbors, rows: Array, ids: Array, similarity: Array) -> None:
-    """Merge entries (row, id, similarity) into the lists of these rows, in place; rows ascend."""
+    """Merge entries (row, id, similarity) into the lists of these rows, in place."""
     touched, place = np.unique(rows, return_inverse=True)
     k = lists.k
     owner = np.concatenate([np.repeat(np.arange(len(touched)), k), place])
