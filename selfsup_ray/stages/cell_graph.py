@@ -31,6 +31,7 @@ from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.ops.celljoin import Cells, join
+from selfsup_ray.ops.celljoin_blocks import join_blocks
 from selfsup_ray.ops.cells import CellTree, assign_cells, fit_cells
 from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
 from selfsup_ray.ops.neighbors import Neighbors, drop_self, exact_topk, merge_neighbors
@@ -49,6 +50,9 @@ class CellsConfig:
     """Images per cell on average; above 34 million images cells grow instead of their number."""
     probes: Positive = 16
     """Cells an image looks into, its own included. More: recall, time."""
+    by: Literal["row", "cell"] = "row"
+    """Who chooses the cells: every image its own, in the CPU kernels; or every cell for all its
+    images, in torch alone, which a GPU needs (with probes of 32 and more: products are cheap)."""
     extra: NonNegative = 16
     """Candidates beyond k that are settled exactly; they cover the rounding of bfloat16."""
     sample_per_cell: Positive = 48
@@ -71,6 +75,7 @@ class CellJoin:
     folder: Path
     k: int
     method: CellsConfig
+    device: str = "cpu"
 
     def __getstate__(self) -> dict[str, object]:
         """Leave what was opened behind: every process opens its own."""
@@ -217,7 +222,11 @@ class CellJoin:
         start, stop = int(self.borders[low]), int(self.borders[high])
         cells, method = self.cells, self.method
         keep = self.k + method.extra
-        found, lacking = join(cells, start, stop, k=self.k, probes=method.probes, keep=keep)
+        how = {"k": self.k, "probes": method.probes, "keep": keep}
+        if method.by == "row":
+            found, lacking = join(cells, start, stop, **how)
+        else:
+            found, lacking = join_blocks(cells, start, stop, device=self.device, **how)
         if len(lacking):
             rest = self._search_all(start + lacking)
             found.ids[lacking], found.similarity[lacking] = rest.ids, rest.similarity
@@ -298,7 +307,8 @@ def cell_graph(
     What an interrupted run finished is kept. The files depend on the rows, k and the method, never
     on the workers.
     """
-    task = CellJoin(array.path.resolve(), folder.resolve(), k, method)
+    device = "cuda" if ask.gpus else "cpu"
+    task = CellJoin(array.path.resolve(), folder.resolve(), k, method, device)
     n, dim = array.shape
     if not (task.work / "tree.npz").exists():
         require_disk(folder, size_bytes=n * (2 * dim * 4 + k * 8 + 24))

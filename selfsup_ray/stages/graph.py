@@ -69,13 +69,16 @@ class GraphConfig:
     """Chooses the images of the recall sample."""
     resources: Resources = Resources()
     """`workers` actors (tasks, for `cells`) share the work; 0 stays in this process, without Ray.
-    With `gpus`, `exact` and `ivf` search by faiss on the GPU."""
+    With `gpus`, `cells` (by cell), `exact` and `ivf` work on the GPU."""
 
     def __post_init__(self) -> None:
-        if self.resources.gpus and self.method.name in ("cells", "hnsw"):
+        method = self.method
+        by_row = isinstance(method, CellsConfig) and method.by == "row"
+        if self.resources.gpus and (by_row or method.name == "hnsw"):
+            what = "method.by='row'" if by_row else "method.name='hnsw'"
             raise ValueError(
-                f"`resources.gpus` is {self.resources.gpus}, but method.name={self.method.name!r} "
-                f"works on CPUs; set it to 0"
+                f"`resources.gpus` is {self.resources.gpus}, but {what} works on CPUs; set it to 0"
+                + (", or by to cell" if by_row else "")
             )
 
 

@@ -51,9 +51,10 @@ def exact(rows: np.ndarray, k: int = K) -> np.ndarray:
     return drop_self(wide, own).ids[:, :k]
 
 
-def test_with_every_cell_probed_the_lists_are_the_exact_ones(tmp_path):
+@pytest.mark.parametrize("by", ["row", "cell"])
+def test_with_every_cell_probed_the_lists_are_the_exact_ones(tmp_path, by: str):
     rows = unit_rows(700)
-    graph = built(tmp_path, rows)
+    graph = built(tmp_path, rows, CellsConfig(cell_size=32, probes=10_000, extra=64, by=by))
     np.testing.assert_array_equal(np.asarray(graph.ids), exact(rows))
     best = exact_topk(rows, rows, k=K + 1)
     np.testing.assert_array_equal(
@@ -62,12 +63,13 @@ def test_with_every_cell_probed_the_lists_are_the_exact_ones(tmp_path):
     assert graph.recall == 1.0
 
 
-def test_equal_rows_find_each_other_and_ties_go_to_the_lower_id(tmp_path):
+@pytest.mark.parametrize("by", ["row", "cell"])
+def test_equal_rows_find_each_other_and_ties_go_to_the_lower_id(tmp_path, by: str):
     rows = unit_rows(600)
     rows[50:90] = rows[3]  # more than k blank images
     rows[200:203] = rows[100]
     rows[[0, 599]] = rows[300]
-    graph = built(tmp_path, rows)
+    graph = built(tmp_path, rows, CellsConfig(cell_size=32, probes=10_000, extra=64, by=by))
     np.testing.assert_array_equal(np.asarray(graph.ids), exact(rows))
 
 
@@ -77,10 +79,14 @@ def test_a_corpus_of_one_image_repeated_is_a_graph_too(tmp_path):
     np.testing.assert_array_equal(np.asarray(graph.ids), exact(rows))
 
 
+@pytest.mark.parametrize("by", ["row", "cell"])
 @pytest.mark.parametrize("n", [2, 9, 33])
-def test_few_images_get_exact_lists(tmp_path, n: int):
+def test_few_images_get_exact_lists(tmp_path, n: int, by: str):
     rows, k = unit_rows(n), min(K, n - 1)
-    np.testing.assert_array_equal(np.asarray(built(tmp_path, rows, k=k).ids), exact(rows, k))
+    graph = built(tmp_path, rows, CellsConfig(cell_size=4, probes=2, by=by), k=k)
+    assert {len(set(own)) for own in np.asarray(graph.ids)} == {k}
+    if n < 33:
+        np.testing.assert_array_equal(np.asarray(graph.ids), exact(rows, k))
 
 
 def test_memory_and_threads_change_nothing(tmp_path):
