@@ -27,7 +27,20 @@ if TYPE_CHECKING:
     from selfsup_ray.stages.evaluate import EvaluateConfig, evaluate
     from selfsup_ray.stages.export import ExportConfig, export
     from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
+    from selfsup_ray.stages.imported import (
+        ImportFeaturesConfig,
+        ImportGraphConfig,
+        import_features,
+        import_graph,
+    )
     from selfsup_ray.stages.ingest import IngestConfig, ingest
+    from selfsup_ray.stages.interop import (
+        export_graph,
+        to_csr,
+        to_opentsne,
+        to_scikit_learn,
+        to_umap,
+    )
     from selfsup_ray.stages.lowshot import LowShot, low_shot
     from selfsup_ray.stages.lowshot_config import LowShotConfig
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
@@ -55,7 +68,14 @@ _HOMES = {
     "stages.evaluate": ["EvaluateConfig", "evaluate"],
     "stages.export": ["ExportConfig", "export"],
     "stages.graph": ["Graph", "GraphConfig", "build_graph"],
+    "stages.imported": [
+        "ImportFeaturesConfig",
+        "ImportGraphConfig",
+        "import_features",
+        "import_graph",
+    ],
     "stages.ingest": ["IngestConfig", "ingest"],
+    "stages.interop": ["export_graph", "to_csr", "to_opentsne", "to_scikit_learn", "to_umap"],
     "stages.lowshot": ["LowShot", "low_shot"],
     "stages.lowshot_config": ["LowShotConfig"],
     "stages.pretext": ["PretextConfig", "pretrain"],
@@ -83,6 +103,8 @@ __all__ = [
     "ExportConfig",
     "Graph",
     "GraphConfig",
+    "ImportFeaturesConfig",
+    "ImportGraphConfig",
     "IngestConfig",
     "LowShot",
     "LowShotConfig",
@@ -103,6 +125,9 @@ __all__ = [
     "embed",
     "evaluate",
     "export",
+    "export_graph",
+    "import_features",
+    "import_graph",
     "ingest",
     "low_shot",
     "open",
@@ -115,6 +140,10 @@ __all__ = [
     "scan",
     "self_label",
     "sweep",
+    "to_csr",
+    "to_opentsne",
+    "to_scikit_learn",
+    "to_umap",
     "write_report",
 ]
 

@@ -49,7 +49,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the four commands."""
+    """Return the parser of all commands."""
     top = argparse.ArgumentParser(
         prog="selfsup-ray",
         description="From a folder of images to clusters, on one machine or a Ray cluster.",
@@ -60,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_sweep(commands)
     _add_report(commands)
+    _add_import_features(commands)
+    _add_import_graph(commands)
+    _add_export_graph(commands)
     return top
 
 
@@ -109,6 +112,62 @@ def _add_report(commands: Commands) -> None:
     command = commands.add_parser("report", help="write report.html of a run folder again")
     command.add_argument("run", type=Path, metavar="RUN_FOLDER")
     command.set_defaults(call=_report)
+
+
+def _add_import_features(commands: Commands) -> None:
+    """selfsup-ray import-features FILE [FILE …] --out FOLDER [--dim D] [--rows N]"""
+    command = commands.add_parser(
+        "import-features",
+        help="make an embeddings folder from a raw float32 matrix, HDF5 blocks or a faiss index",
+    )
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--dim", type=int, metavar="D", help="numbers in a row of a raw matrix")
+    command.add_argument("--rows", type=int, metavar="N", help="only the first N rows")
+    command.add_argument(
+        "--keep-length", action="store_true", help="do not make unit rows: for the stage reduce"
+    )
+    _add_workers(command)
+    command.set_defaults(call=_import_features)
+
+
+def _add_import_graph(commands: Commands) -> None:
+    """selfsup-ray import-graph ndis1000000_k32_I_11.int32 --out FOLDER [--features FOLDER]"""
+    command = commands.add_parser(
+        "import-graph", help="make a graph folder from files of neighbor ids and similarities"
+    )
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--k", type=int, metavar="K", help="entries in a row, itself counted")
+    command.add_argument("--similarity", type=Path, metavar="FILE", help="default: D_ for I_")
+    command.add_argument(
+        "--features", type=Path, metavar="FOLDER", help="embeddings; then the recall is measured"
+    )
+    _add_workers(command)
+    command.set_defaults(call=_import_graph)
+
+
+def _add_export_graph(commands: Commands) -> None:
+    """selfsup-ray export-graph RUN_FOLDER --format csr --out PATH"""
+    command = commands.add_parser(
+        "export-graph", help="write a run's graph as files that other programs read"
+    )
+    command.add_argument("graph", type=Path, metavar="FOLDER", help="of a run or of its graph")
+    command.add_argument(
+        "--format",
+        choices=("csr", "distances", "int32"),
+        default="csr",
+        help="csr: similarities for scipy; distances: the same for scikit-learn's "
+        "metric='precomputed'; int32: raw ids and similarities",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="PATH")
+    command.set_defaults(call=_export_graph)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=int, default=0, metavar="W", help="Ray workers; 0: this process"
+    )
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
@@ -171,6 +230,41 @@ def _report(options: argparse.Namespace) -> None:
     from selfsup_ray.report import write_report
 
     print(write_report(options.run))
+
+
+def _import_features(options: argparse.Namespace) -> None:
+    from selfsup_ray.config import Resources
+    from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
+
+    config = ImportFeaturesConfig(
+        dim=options.dim,
+        rows=options.rows,
+        normalize=not options.keep_length,
+        resources=Resources(workers=options.workers),
+    )
+    print(import_features(options.files, config, out=options.out).path)
+
+
+def _import_graph(options: argparse.Namespace) -> None:
+    from selfsup_ray.config import Resources
+    from selfsup_ray.stages.embed import Embeddings
+    from selfsup_ray.stages.imported import ImportGraphConfig, import_graph
+
+    made = import_graph(
+        options.file,
+        ImportGraphConfig(k=options.k, resources=Resources(workers=options.workers)),
+        out=options.out,
+        similarity=options.similarity,
+        features=Embeddings.open(options.features) if options.features else None,
+    )
+    print(made.path)
+
+
+def _export_graph(options: argparse.Namespace) -> None:
+    from selfsup_ray.stages.interop import export_graph, find_graph
+
+    for path in export_graph(find_graph(options.graph), options.out, format=options.format):
+        print(path)
 
 
 class _Stderr(logging.StreamHandler[Any]):

@@ -121,6 +121,15 @@ def _csr(ids: Array, data: Array, *, matrix: bool = False) -> Any:
     return make((*parts, offsets), shape=(len(ids), len(ids)))
 
 
+def find_graph(path: Path | str) -> Graph:
+    """Return the graph of a run folder, or in a graph folder itself.
+
+    Raises ArtifactError when there is no finished one.
+    """
+    below = Path(path) / "graph"
+    return Graph.open(below if below.is_dir() else path)
+
+
 def export_graph(graph: Graph, out: Path | str, *, format: GraphFormat) -> list[Path]:
     """Write the graph as files other programs read and return their paths.
 
