@@ -300,6 +300,22 @@ def _tested_and_novel(made: LowShot, labels: Array) -> int:
     return int(novel.sum())
 
 
+def test_very_wide_gaussian_weights_are_constant_ones(tmp_path: Path, features: Embeddings):
+    curves = {}
+    for name, options in (
+        ("constant", {}),
+        ("wide", {"weights": "gaussian", "sigma": 1e4}),
+        ("narrow", {"weights": "gaussian", "sigma": 0.1}),
+        ("floor", {"min_similarity": 0.9}),
+    ):
+        changes = {f"diffusion.{key}": value for key, value in options.items()}
+        config = settings(methods=["diffusion_background"], seeds=[1], shots=[3], **changes)
+        made = low_shot(features, mixture()[1], config, out=tmp_path / name)
+        curves[name] = made.curves["test"]["diffusion_background"]["3"]["top1_all"]["mean"]
+    np.testing.assert_allclose(curves["wide"], curves["constant"], atol=1e-9)
+    assert curves["narrow"] != curves["constant"] != curves["floor"]
+
+
 def test_images_are_kept_for_testing_by_share_by_source_or_by_place(
     tmp_path: Path, features: Embeddings
 ):
