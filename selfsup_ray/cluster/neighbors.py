@@ -19,9 +19,9 @@ import numpy as np
 
 from selfsup_ray.artifacts import Array, ShardedArray
 from selfsup_ray.cluster.methods import ExactConfig, SearchConfig, index_files
+from selfsup_ray.cluster.pairs import answers, pays, write_all_pairs
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.config import Resources
-from selfsup_ray.errors import UserError
 from selfsup_ray.ops.index import NO_ID, IndexShard
 from selfsup_ray.ops.neighbors import Neighbors, drop_self, merge_neighbors
 from selfsup_ray.ops.pieces import ApproximateShard
@@ -130,9 +130,9 @@ class Search:
             for piece in self.files.missing:
                 self.local.build(piece)
         else:
-            _get([self.actors[0].train.remote()])
+            answers([self.actors[0].train.remote()])
             turns = itertools.cycle(self.actors)
-            _get([next(turns).build.remote(piece) for piece in self.files.missing])
+            answers([next(turns).build.remote(piece) for piece in self.files.missing])
         self.is_built = True
 
     def search(self, queries: Array, k: int) -> Neighbors:
@@ -185,7 +185,7 @@ class Search:
 
     def _answer(self, queries: Array, parts: list[Any], k: int) -> Neighbors:
         """Return the merged answer to a block; short lists are completed from all rows."""
-        found = merge_neighbors(parts if self.local is not None else _get(parts), k=k)
+        found = merge_neighbors(parts if self.local is not None else answers(parts), k=k)
         short = _short(found)
         if len(short):
             full = [
@@ -198,7 +198,7 @@ class Search:
     def _everywhere(self, queries: Array, k: int) -> Neighbors:
         if isinstance(self.local, ApproximateShard):
             return self.local.search_everywhere(queries, k)
-        return merge_neighbors(_get(_ask_everywhere(self.replicas[0], queries, k)), k=k)
+        return merge_neighbors(answers(_ask_everywhere(self.replicas[0], queries, k)), k=k)
 
     def write_lists(
         self,
@@ -221,6 +221,13 @@ class Search:
         missing = [
             i for i in range(ids.num_shards) if not (ids.is_written(i) and similarity.is_written(i))
         ]
+        on_cpus = self.files is None and not self.resources.gpus
+        if own and on_cpus and pays(missing, ids):
+            threads = max(1, int(self.resources.cpus))
+            yield from write_all_pairs(
+                self.array, ids, similarity, missing, actors=self.actors, threads=threads
+            )
+            return
         if missing:
             self.build()
         write = self._write_here if self.local is not None else self._write_by_tasks
@@ -285,7 +292,7 @@ class Search:
             for ref in done:
                 merging.discard(ref)
                 if ref in writing:
-                    _get([ref])
+                    answers([ref])
                     yield writing.pop(ref)
 
     def _ask_stored(self, turn: int, path: Path, start: int, stop: int, k: int) -> list[Any]:
@@ -322,7 +329,7 @@ def merge_block(
     for i in range(0, len(short), 1024):
         here = short[i : i + 1024]
         queries = ShardedArray.open(path).rows(here + start)
-        full = merge_neighbors(_get(_ask_everywhere(actors, queries, k)), k=k)
+        full = merge_neighbors(answers(_ask_everywhere(actors, queries, k)), k=k)
         _replace(found, here, [full])
     return drop_self(found, np.arange(start, stop)) if own else found
 
@@ -368,16 +375,3 @@ def _start_actor(shard: Shard, resources: Resources) -> Any:
             return actor.remote(shard.path, start=shard.start, stop=shard.stop, **how)
         case ApproximateShard():
             return actor.remote(shard.files, shard.pieces, threads=shard.threads, gpu=shard.gpu)
-
-
-def _get(refs: list[Any]) -> list[Any]:
-    """Return ray.get's values; an error the user can mend comes without Ray's traceback."""
-    import ray
-
-    try:
-        values: list[Any] = ray.get(refs)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    return values

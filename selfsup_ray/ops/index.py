@@ -7,6 +7,7 @@ reads its rows from disk again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -270,13 +271,18 @@ def group_equal_rows(rows: Array) -> tuple[Array, Array]:
     are in the order of their first rows. Groups come from a hash; should two different rows share
     one, equal rows may be left in two groups, never different ones put together.
     """
-    n, hashes = len(rows), row_hashes(rows)
+    return group_by_hash(row_hashes(rows), rows.__getitem__)
+
+
+def group_by_hash(hashes: Array, rows_at: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Return `group_equal_rows` of rows that are hashed already; rows_at reads some of them."""
+    n = len(hashes)
     by_hash = np.argsort(hashes, kind="stable")
     is_start = np.ones(n, bool)
     pairs = np.flatnonzero(hashes[by_hash][1:] == hashes[by_hash][:-1]) + 1
     for i in range(0, len(pairs), 4096):
         at = pairs[i : i + 4096]
-        is_start[at] = (rows[by_hash[at]] != rows[by_hash[at - 1]]).any(axis=1)
+        is_start[at] = (rows_at(by_hash[at]) != rows_at(by_hash[at - 1])).any(axis=1)
     group = np.cumsum(is_start) - 1
     first = by_hash[is_start]  # the lowest position of each group: the sort is stable
     rank = np.empty(len(first), np.int64)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from selfsup_ray.artifacts import ShardedArray
+from selfsup_ray.cluster import pairs
 from selfsup_ray.cluster.neighbors import Search
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ArtifactError, ResourceError
+from selfsup_ray.ops import all_pairs
 
 K = 6
 
@@ -98,6 +100,35 @@ def test_killed_actors_change_nothing_in_the_lists(tmp_path: Path, ray_session: 
                 killed += 1
     assert killed == 3
     np.testing.assert_array_equal(np.asarray(ids), slow_lists(rows))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_pairs_at_once_give_the_same_lists(
+    tmp_path: Path, ray_session: None, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pairs, "FROM_ROWS", 100)
+    monkeypatch.setattr(all_pairs, "GROUP_BYTES", 90 * (6 * 24 + 8 * (3 * K + 35)))
+    array = stored(tmp_path / "rows", rows_with_duplicates(), [30] * 10)
+    ids, similarity = outputs(tmp_path, array)
+    steps = []
+    share = pairs._share
+    monkeypatch.setattr(pairs, "_share", lambda *a, **k: steps.append(a[0]) or share(*a, **k))
+    with Search(array, Resources(workers=workers)) as search:
+        killed = False
+        for _ in search.write_lists(ids, similarity):
+            if workers and not killed:
+                ray_kill(search.actors)
+                killed = True
+    assert len(steps) == 3  # joins, lists, shards
+    np.testing.assert_array_equal(np.asarray(ids), slow_lists(rows_with_duplicates()))
+    assert not (tmp_path / "pairs").exists()
+
+
+def ray_kill(actors: list[object]) -> None:
+    import ray
+
+    for actor in actors:
+        ray.kill(actor, no_restart=False)
 
 
 def test_an_interrupted_search_writes_only_what_is_missing(tmp_path: Path):
