@@ -103,15 +103,22 @@ class Links:
         """Entries of each list."""
         return int(self.ids.shape[1])
 
-    def blocks(self) -> Iterator[tuple[int, Array]]:
-        """Yield (first image, (n, k) int32 lists), all images in their order."""
+    def blocks(self, order: Array | None) -> Iterator[tuple[Array, Array]]:
+        """Yield (images (n,) int32, their lists (n, k) int32) over all images.
+
+        Lists in memory come in the order that is asked for, which keeps what follows close
+        together; lists in files come as they are there.
+        """
+        order = None if isinstance(self.ids, ShardedArray) else order
         for first, ids, similarity in self._shards():
             for start in range(0, len(ids), _CHUNK_ROWS):
-                part = slice(start, start + _CHUNK_ROWS)
+                stop = min(start + _CHUNK_ROWS, len(ids))
+                rows = np.arange(start, stop) if order is None else order[start:stop]
+                part = slice(start, stop) if order is None else rows
                 lists = np.array(ids[part], np.int32, order="C")
                 if similarity is not None:
                     lists[similarity[part] < self.least] = -1
-                yield first + start, lists
+                yield (rows + first).astype(np.int32), lists
 
     def _shards(self) -> Iterator[tuple[int, Array, Array | None]]:
         values = None if self.least is None else self.similarity
@@ -223,7 +230,7 @@ def _all_rows(links: Links, order: Array | None, how: _How, rows: int) -> Iterat
     place = np.arange(n, dtype=np.int32) if order is None else inverse(order)
     make = _numba_rows if has_numba() else _torch_rows
     for low in range(0, n, max(rows, 1)):
-        yield from make(links, place, low, min(low + rows, n), how)
+        yield from make(links, order, place, low, min(low + rows, n), how)
 
 
 def has_numba() -> bool:
@@ -231,22 +238,24 @@ def has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _numba_rows(links: Links, place: Array, low: int, high: int, how: _How) -> Iterator[Rows]:
+def _numba_rows(
+    links: Links, order: Array | None, place: Array, low: int, high: int, how: _How
+) -> Iterator[Rows]:
     from selfsup_ray.ops import symmetrize
 
     counts = np.zeros(high - low, np.int64)
-    for first, lists in links.blocks():
-        symmetrize.count_links(lists, first, place, low, high, counts)
+    for images, lists in links.blocks(order):
+        symmetrize.count_links(images, lists, place, low, high, counts)
     starts = _indptr(counts)
     ends, incoming = starts[:-1].copy(), np.empty(starts[-1], np.int32)
     own = np.empty((high - low, links.k), np.int32)
-    for first, lists in links.blocks():
-        symmetrize.sort_links(lists, first, place, low, high, own, ends, incoming)
+    for images, lists in links.blocks(order):
+        symmetrize.sort_links(images, lists, place, low, high, own, ends, incoming)
 
     def merged(start: int) -> Rows:
         stop = min(start + _CHUNK_ROWS, high - low)
         n = stop - start
-        size = int(starts[stop] - starts[start]) + n * (2 * links.k + 2)
+        size = int(starts[stop] - starts[start]) + n * (2 * links.k + 4)
         ids, lengths, twice = (np.empty(m, np.int32) for m in (size, n, n))
         flags = (how.self_link, how.reciprocal)
         used = symmetrize.merge_links(
@@ -258,14 +267,16 @@ def _numba_rows(links: Links, place: Array, low: int, high: int, how: _How) -> I
         yield from pool.map(merged, range(0, high - low, _CHUNK_ROWS))
 
 
-def _torch_rows(links: Links, place: Array, low: int, high: int, how: _How) -> Iterator[Rows]:
+def _torch_rows(
+    links: Links, order: Array | None, place: Array, low: int, high: int, how: _How
+) -> Iterator[Rows]:
     """The same rows by sorting pairs of places as one 64-bit key each."""
     import torch
 
     n, at, keys = len(links), torch.from_numpy(place).long(), []
-    for first, lists in links.blocks():
+    for images, lists in links.blocks(None):
         other = torch.from_numpy(lists).long()
-        image = torch.arange(first, first + len(lists))[:, None].expand_as(other)
+        image = torch.from_numpy(images).long()[:, None].expand_as(other)
         is_link = (other >= 0) & (other != image)
         p, q = at[image[is_link]], at[other[is_link]]
         own = torch.unique(p * n + q)  # a list that holds an id twice

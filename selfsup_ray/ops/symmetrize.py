@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+LAST = np.iinfo(np.int32).max
+"""Above every place."""
+
 
 @njit(nogil=True, cache=True)
-def count_links(lists: Any, first: int, place: Any, low: int, high: int, counts: Any) -> None:
+def count_links(images: Any, lists: Any, place: Any, low: int, high: int, counts: Any) -> None:
     """Add to counts[p - low] the links that end at place p in [low, high).
 
-    lists: (n, k) neighbors of images first, first + 1 …, -1 = none; an image's own id is no link.
+    lists: (n, k) neighbors of these images, -1 = none; an image's own id is no link.
     """
     for i in range(len(lists)):
         for j in range(lists.shape[1]):
             other = lists[i, j]
-            if other >= 0 and other != first + i:
+            if other >= 0 and other != images[i]:
                 p = place[other]
                 if low <= p < high:
                     counts[p - low] += 1
@@ -28,8 +31,8 @@ def count_links(lists: Any, first: int, place: Any, low: int, high: int, counts:
 
 @njit(nogil=True, cache=True)
 def sort_links(
+    images: Any,
     lists: Any,
-    first: int,
     place: Any,
     low: int,
     high: int,
@@ -43,11 +46,11 @@ def sort_links(
     that ends at p goes in `incoming`, and moves on.
     """
     for i in range(len(lists)):
-        p = place[first + i]
+        p = place[images[i]]
         here = low <= p < high
         for j in range(lists.shape[1]):
             other = lists[i, j]
-            is_link = other >= 0 and other != first + i
+            is_link = other >= 0 and other != images[i]
             q = place[other] if is_link else -1
             if here:
                 own[p - low, j] = q
@@ -107,32 +110,23 @@ def merge_links(
         num = _sorted_unique(mine, num)
         others = incoming[starts[r] : starts[r + 1]]
         num_others = _sorted_unique(others, len(others))
-        began, rest = used, used + num + 2  # num and the node itself at most
-        a, b, itself = 0, 0, low + r if self_link else -1
-        while a < num or b < num_others:
-            if b >= num_others or (a < num and mine[a] < others[b]):
-                value, both = mine[a], False
-                a += 1
-            elif a >= num or others[b] < mine[a]:
-                value, both = others[b], False
-                b += 1
-            else:
-                value, both = mine[a], True
-                a += 1
-                b += 1
-            if itself >= 0 and value > itself:
-                ids[used] = itself
-                used += 1
-                itself = -1
-            if both:
-                ids[used] = value
-                used += 1
-            elif not reciprocal:
-                ids[rest] = value
-                rest += 1
-        if itself >= 0:
-            ids[used] = itself
-            used += 1
+        began, rest = used, used + num + 2  # num and the node itself link both ways at most
+        a, b, itself = 0, 0, low + r if self_link else LAST
+        while a < num or b < num_others or itself < LAST:
+            # Without branches on the values: they would be guessed wrong every second time.
+            mine_next = mine[a] if a < num else LAST
+            other_next = others[b] if b < num_others else LAST
+            value = min(mine_next, other_next, itself)
+            from_mine, from_other = mine_next == value, other_next == value
+            is_self = itself == value
+            both = (from_mine and from_other) or is_self
+            a += from_mine
+            b += from_other
+            itself = LAST if is_self else itself
+            ids[used] = value
+            ids[rest] = value
+            used += both
+            rest += (not both) and (not reciprocal)
         twice[r - start] = used - began
         for j in range(began + num + 2, rest):
             ids[used] = ids[j]
