@@ -10,7 +10,16 @@ import numpy as np
 
 from selfsup_ray import plots
 from selfsup_ray.artifacts import read_json
-from selfsup_ray.report_html import Markup, Section, details, figures, paragraph, plain, table
+from selfsup_ray.report_html import (
+    Markup,
+    Section,
+    counted,
+    details,
+    figures,
+    paragraph,
+    plain,
+    table,
+)
 from selfsup_ray.report_run import Run
 
 METHODS = {
@@ -75,7 +84,7 @@ def _cell(value: Mapping[str, float], *, is_best: bool) -> str:
 def _explained(made: Mapping[str, Any]) -> str:
     return (
         f"Accuracy after each number of steps, mean over the seeds. A dot marks the number that "
-        f"the validation classes chose by {made['criterion'].replace('_', ' of ')} classes."
+        f"the validation classes chose by {COLUMNS[made['criterion']].replace(',', ' of')} classes."
     )
 
 
@@ -109,6 +118,6 @@ def _chosen(made: Mapping[str, Any]) -> str:
 def _hyper(method: str, one: Mapping[str, Any]) -> str:
     """Return what was chosen for a method in one line."""
     if method in one["niter"]:
-        return f"{one['niter'][method]} steps"
+        return counted(one["niter"][method], "step")
     found = {"logistic": one["linear"], "knn": one["vote"]}.get(method) or one["fusion"][method]
     return ", ".join(f"{key.replace('_', ' ')} {plain(value)}" for key, value in found.items())

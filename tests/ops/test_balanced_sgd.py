@@ -114,3 +114,14 @@ def test_states_come_at_the_evaluations_and_do_not_depend_on_their_number():
     assert evaluated_at(23, 5) == [5, 10, 15, 20, 23]
     assert evaluated_at(20, 5) == [5, 10, 15, 20]
     torch.testing.assert_close(last[5], last[23], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_takes_the_same_steps():
+    rows, classes = unequal_classes()
+    settings = {"num_classes": C, "batch_size": 16, "iterations": 40, "eval_every": 40}
+    rates = [Rate(0.1, 0.0), Rate(0.5, 0.1)]
+    (here,) = train_balanced(rows, classes, rates, seed=(1,), **settings)
+    (there,) = train_balanced(rows, classes, rates, seed=(1,), device="cuda", **settings)
+    torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=1e-4, atol=1e-5)
