@@ -131,6 +131,22 @@ class Links:
             yield int(self.ids.offsets[i]), self.ids.shard(i), shard
 
 
+def traversal_order(ids: Array, *, least: int = 100_000) -> Array | None:
+    """Return an order (N,) of images in which neighbors lie close, or None where it would not pay.
+
+    For graphs that came without the order of their cells, which is better. It costs a tenth of a
+    step of 128 classes and saves a third of each. Below `least` images everything is in the cache.
+    """
+    if len(ids) < least or not has_numba():
+        return None
+    from selfsup_ray.ops import symmetrize
+
+    order = np.empty(len(ids), np.int64)
+    lists = np.ascontiguousarray(ids, np.int32)
+    symmetrize.traverse(lists, 4096, min(16, lists.shape[1]), order)
+    return order
+
+
 @dataclass(frozen=True)
 class Rows:
     """Consecutive rows of an Adjacency: ids (links,) int32; lengths, twice (n,) int32 per row."""

@@ -16,7 +16,13 @@ from typing import Any, Literal
 import numpy as np
 
 from selfsup_ray.artifacts import Array, ShardedArray
-from selfsup_ray.ops.adjacency import Adjacency, Links, build_adjacency, has_numba
+from selfsup_ray.ops.adjacency import (
+    Adjacency,
+    Links,
+    build_adjacency,
+    has_numba,
+    traversal_order,
+)
 from selfsup_ray.ops.spreading import Spread, Variant
 
 
@@ -152,7 +158,12 @@ def make_adjacency(
     threads: int,
     options: DiffusionOptions,
 ) -> Adjacency:
-    """Return the rows of B in memory, with values only where the options ask for weights."""
+    """Return the rows of B in memory, with values only where the options ask for weights.
+
+    Without an order, large graphs get one of their own.
+    """
+    if order is None and not isinstance(ids, ShardedArray):
+        order = traversal_order(ids)
     if options.is_constant:
         links = Links(ids, similarity, options.min_similarity)
         return build_adjacency(links, order=order, reciprocal=options.reciprocal, threads=threads)

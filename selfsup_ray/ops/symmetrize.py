@@ -133,3 +133,42 @@ def merge_links(
             used += 1
         lengths[r - start] = used - began
     return used
+
+
+@njit(nogil=True, cache=True)
+def traverse(lists: Any, most: int, near: int, order: Any) -> None:
+    """Write to `order` all images, those that lie close in the graph close together.
+
+    Breadth first over the first `near` of each list, `most` images at a time: a traversal of the
+    whole graph has fronts as wide as the graph. The next start is the image seen first of those
+    that were left over.
+    """
+    n, used, fresh, first, last = len(lists), 0, 0, 0, 0
+    state = np.zeros(n, np.uint8)  # 1: waiting to be a start, 2: in the order
+    waiting = np.empty(n, np.int32)
+    while used < n:
+        start = -1
+        while start < 0 and first < last:
+            if state[waiting[first]] != 2:
+                start = waiting[first]
+            first += 1
+        if start < 0:
+            while state[fresh] == 2:
+                fresh += 1
+            start = fresh
+        head, end = used, min(used + most, n)
+        state[start], order[used] = 2, start
+        used += 1
+        while head < used:
+            image = order[head]
+            head += 1
+            for j in range(near):
+                other = lists[image, j]
+                if other < 0 or state[other] == 2:
+                    continue
+                if used < end:
+                    state[other], order[used] = 2, other
+                    used += 1
+                elif state[other] == 0:
+                    state[other], waiting[last] = 1, other
+                    last += 1

@@ -12,7 +12,13 @@ import numpy as np
 from selfsup_ray.artifacts import Array, ShardedArray, whole_file
 from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import Resources
-from selfsup_ray.ops.adjacency import Adjacency, Links, save_adjacency, write_adjacency
+from selfsup_ray.ops.adjacency import (
+    Adjacency,
+    Links,
+    save_adjacency,
+    traversal_order,
+    write_adjacency,
+)
 from selfsup_ray.ops.diffusion import DiffusionOptions, weighted_adjacency
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.stages.graph import Graph
@@ -72,6 +78,8 @@ class Job:
             return Adjacency.open(folder)
         stored: ShardedArray | None = getattr(graph, "order", None)
         order = None if stored is None else np.asarray(stored)
+        if order is None and len(graph) * graph.k * 4 <= self.memory_bytes:
+            order = traversal_order(np.asarray(graph.ids))
         if self.options.is_constant:
             least = self.options.min_similarity
             links = Links(graph.ids, None if least is None else graph.similarity, least)

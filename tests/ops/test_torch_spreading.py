@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from selfsup_ray.ops import adjacency
-from selfsup_ray.ops.adjacency import Adjacency, Links, build_adjacency
+from selfsup_ray.ops.adjacency import Adjacency, Links, build_adjacency, traversal_order
 from selfsup_ray.ops.cpu_spreading import CpuSpread
 from selfsup_ray.ops.spreading import Variant
 from selfsup_ray.ops.torch_spreading import TorchSpread
@@ -58,6 +58,24 @@ def test_torch_and_numba_make_the_rows_of_slow_loops(
     assert rows_of(made) == wanted
     monkeypatch.setattr(adjacency, "has_numba", lambda: False)
     assert rows_of(build_adjacency(Links(ids), order=order, reciprocal=reciprocal)) == wanted
+
+
+@pytest.mark.parametrize("k", [0, 7])
+def test_the_order_of_a_traversal_holds_every_image_once_and_neighbors_close(k: int):
+    rng = np.random.default_rng(0)
+    number = rng.permutation(20_000).astype(np.int32)
+    ids = np.empty((20_000, k), np.int32)
+    near = (np.arange(20_000)[:, None] + rng.integers(-9, 10, (20_000, k))) % 20_000
+    ids[number] = number[near]
+    ids[rng.random(ids.shape) < 0.1] = -1
+    order = traversal_order(ids, least=1)
+    assert order is not None
+    np.testing.assert_array_equal(np.sort(order), np.arange(20_000))
+    if k:
+        place = np.argsort(order)
+        gaps = np.abs(place[ids] - place[:, None])[ids >= 0]
+        assert np.median(gaps) < 100 < np.median(np.abs(ids - np.arange(20_000)[:, None]))
+    assert traversal_order(ids) is None
 
 
 @pytest.mark.parametrize(
