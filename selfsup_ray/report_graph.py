@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Sequence
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ from selfsup_ray.report_run import Run
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-GROUPS, GROUP_IMAGES = 20, 10
+GROUPS, GROUP_IMAGES = 24, 12
 """Groups of near duplicates shown, and images shown of each."""
-COLUMNS = 12
-"""Images in a row."""
+COLUMNS, CARD_COLUMNS = 12, 6
+"""Images in a row over the page's width, and in a row of a group's card."""
 
 
 def duplicates_section(run: Run) -> Section | str:
@@ -63,8 +62,8 @@ def duplicates_section(run: Run) -> Section | str:
         f"the same bytes are not among them. {path.name} names all."
     )
     shown = range(min(found.num_groups, GROUPS))
-    strips = "".join(_group(run, corpus, found, group) for group in shown)
-    body = paragraph(text) + f'<div class="strips">{strips}</div>'
+    cards = "".join(_group(run, corpus, found, group) for group in shown)
+    body = paragraph(text) + f'<div class="cards">{cards}</div>'
     return Section("duplicates", "Near duplicates", body)
 
 
@@ -89,19 +88,31 @@ def _group(run: Run, corpus: Corpus, found: NearDuplicates, group: int) -> str:
     more = f", {len(shown)} of them shown" if len(shown) < len(ids) else ""
     between = f"{best.max():.4f}" if len(best) == 1 else f"{best.min():.4f} to {best.max():.4f}"
     head = f"<p>{len(ids):,} images{more}; similarity {between}</p>"
-    return f"<div>{head}{_sheet(run, corpus, shown, [''] * len(shown))}</div>"
+    return _sheet(run, corpus, shown, [""] * len(shown), head=head, columns=CARD_COLUMNS)
 
 
-def _sheet(run: Run, corpus: Corpus, ids: Array, facts: Sequence[str]) -> str:
-    """Return images in rows of COLUMNS, each with id, class, source and a fact on hover."""
-    sheet = Sheet.of(thumbnails(corpus, ids, side=64), columns=COLUMNS)
+def _sheet(
+    run: Run,
+    corpus: Corpus,
+    ids: Array,
+    facts: Sequence[str],
+    *,
+    head: str = "",
+    columns: int = COLUMNS,
+) -> str:
+    """Return images in rows, each with id, class, source and a fact on hover; a card with a head.
+
+    head: HTML above the images.
+    """
+    sheet = Sheet.of(thumbnails(corpus, ids, side=64), columns=columns)
     labels, sources = corpus.labels(ids).tolist(), corpus.sources(ids)
     tiles = []
     for i, (id, fact) in enumerate(zip(ids.tolist(), facts, strict=True)):
         name = " ".join(filter(None, [f"image {id}", run.class_of(labels[i]), fact]))
         tiles.append(thumb(sheet, i, title=f"{name}\n{sources[i]}"))
-    rows = f'<div class="row sample">{"".join(tiles)}</div>'
-    return f'<div class="{sheet.css_class}" style="{escape(sheet.style)}">{rows}</div>'
+    kind = f"card {sheet.css_class}" if head else sheet.css_class
+    rows = f'{head}<div class="row">{"".join(tiles)}</div>'
+    return f'<div class="{kind}" style="{sheet.style}">{rows}</div>'
 
 
 def outliers_section(run: Run) -> Section | str:

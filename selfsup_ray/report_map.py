@@ -21,6 +21,9 @@ UMAP_IMAGES = 10_000
 """Images that UMAP places: about 4 s, after 8 s to load and compile it, whatever the number."""
 UMAP_NEIGHBORS = 15
 """Neighbors of an image, itself counted, that shape the map: umap-learn's default."""
+UMAP_EPOCHS = 200
+"""As umap-learn has it for more images; its 500 for fewer take 4 s longer and place neighbors as
+well: trustworthiness 0.981 for both on 10,000 of Fashion-MNIST."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def umap_positions(rows: Array, ids: Array, similarity: Array) -> Array | None:
             n_neighbors=near.shape[1],
             precomputed_knn=(near, far),
             init=start_xy,
+            n_epochs=UMAP_EPOCHS,
             random_state=0,
             n_jobs=1,
         )
