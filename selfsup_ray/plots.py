@@ -174,7 +174,7 @@ def plot_neighbor_ranks(
 def plot_in_degrees(counts: Array, ax: Axes) -> None:
     """Share of images by how often they are listed as a neighbor, both axes logarithmic.
 
-    counts: (m + 1,) images that are listed 0..m times; those listed never are left of the axis.
+    counts: (m + 1,) images that are listed 0..m times; below 1 the horizontal axis is linear.
     """
     degrees = np.flatnonzero(counts)
     share = 100 * counts[degrees] / counts.sum()
@@ -183,6 +183,9 @@ def plot_in_degrees(counts: Array, ax: Axes) -> None:
     ax.axvline(mean, linestyle="--", color=INK, linewidth=0.8, label=f"mean {mean:.3g}")
     ax.set_xscale("symlog", linthresh=1)
     ax.set_yscale("log")
+    ax.set_xlim(left=-0.3)
+    for axis in (ax.xaxis, ax.yaxis):  # the scale's own labels are formulas: 10^{0}
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
     title = f"listed at most {int(degrees.max()):,} times"
     ax.set(xlabel="times listed as a neighbor", ylabel="% of images", title=title)
     ax.legend()

@@ -47,6 +47,16 @@ def test_neighbor_ranks_show_the_median_and_the_agreement(ax: Axes):
     assert list(median) == [0.9, 0.6] and list(agreement) == [1.0, 0.25]
 
 
+def test_in_degrees_are_percent_of_images_with_plain_numbers_on_both_axes(ax: Axes):
+    counts = np.array([2, 0, 5, 0, 0, 1])
+    plots.plot_in_degrees(counts, ax)
+    points = ax.collections[0].get_offsets()
+    np.testing.assert_allclose(points, [[0, 25], [2, 62.5], [5, 12.5]])
+    assert ax.lines[0].get_xdata()[0] == 15 / 8 and ax.get_title() == "listed at most 5 times"
+    drawn = plots.svg(partial(plots.plot_in_degrees, counts), width=5, height=3, label="hubs")
+    assert "mathdefault" not in drawn
+
+
 def test_a_confusion_matrix_writes_the_counts_and_shades_by_the_share_of_the_class(ax: Axes):
     counts = np.array([[9, 0, 1], [2, 2, 0]])
     names = {"rows": ["cat", "dog"], "columns": ["4", "0", "2"]}
