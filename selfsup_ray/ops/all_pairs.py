@@ -25,6 +25,7 @@ from selfsup_ray.ops.exact_graph import (
     only_possible,
     pair_similarities,
     ranked,
+    sure_similarity,
     together,
 )
 from selfsup_ray.ops.index import EqualRows, finite_norms, group_by_hash, row_hashes
@@ -74,14 +75,17 @@ class AllPairs:
 
     @property
     def missing_joins(self) -> list[Pair]:
-        """Pairs of groups whose candidates are still needed; the costly ones first."""
+        """Pairs of groups whose candidates are still needed.
+
+        Groups among themselves first: the others then know how near a neighbor must be.
+        """
         n = self.num_groups
         pairs = [(g, h) for g in range(n) for h in range(g, n)]
         needed = [
             pair for pair in pairs if not all(self._lists(group)[1].exists() for group in pair)
         ]
         missing = [pair for pair in needed if n > 1 and not self._candidates(*pair).exists()]
-        return sorted(missing, key=lambda pair: pair[0] == pair[1])
+        return sorted(missing, key=lambda pair: pair[0] != pair[1])
 
     @property
     def missing_lists(self) -> list[int]:
@@ -91,14 +95,27 @@ class AllPairs:
     def join(self, g: int, h: int) -> None:
         """Write the candidates of two groups among each other."""
         _one_thread()
-        a = self._rows(g)
-        found = join(a, a if g == h else self._rows(h), self.k + 1, bfloat16=multiplies_bfloat16())
+        a, k = self._rows(g), min(self.k + 1, self.cuts[-1])
+        fast = multiplies_bfloat16()
+        if g == h:
+            found, _ = join(a, a, k, bfloat16=fast)
+            self._write(g, h, _fields(found, 0) | {"floor": sure_similarity(found, k)})
+            return
+        floors = (self._floor(g), self._floor(h))
+        first, second = join(a, self._rows(h), k, bfloat16=fast, floors=floors)
+        self._write(g, h, _fields(first, 0) | _fields(second, 1))
+
+    def _floor(self, g: int) -> Array | None:
+        """Return what the nearest of group g's rows reach among themselves, if that is known."""
+        path = self._candidates(g, g)
+        if not path.exists():
+            return None
+        with np.load(path) as stored:
+            return np.asarray(stored["floor"])
+
+    def _write(self, g: int, h: int, fields: dict[str, Array]) -> None:
         with whole_file(self._candidates(g, h)) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file,
-                **{f"{name}{side}": getattr(one, name)
-                   for side, one in enumerate(found[: 1 + (g != h)]) for name in _FIELDS},
-            )  # fmt: skip
+            np.savez(file, **fields)  # type: ignore[arg-type]
 
     def settle(self, g: int) -> None:
         """Write the lists of one group's rows: ids of distinct rows, and similarities."""
@@ -181,6 +198,10 @@ class AllPairs:
 
     def _lists(self, g: int) -> tuple[Path, Path]:
         return self.folder / f"ids-{g:04d}.npy", self.folder / f"similarity-{g:04d}.npy"
+
+
+def _fields(found: Candidates, side: int) -> dict[str, Array]:
+    return {f"{name}{side}": getattr(found, name) for name in _FIELDS}
 
 
 _FIELDS = ("starts", "ids", "low", "high")

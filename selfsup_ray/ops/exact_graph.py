@@ -10,7 +10,6 @@ is that of `exact_topk`, bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,29 +66,40 @@ class Rows:
         return self._rounded
 
 
-def join(a: Rows, b: Rows, k: int, *, bfloat16: bool) -> tuple[Candidates, Candidates]:
+def join(
+    a: Rows,
+    b: Rows,
+    k: int,
+    *,
+    bfloat16: bool,
+    floors: tuple[Array | None, Array | None] = (None, None),
+) -> tuple[Candidates, Candidates]:
     """Return the candidates of a's rows among b's and of b's among a's, by position in the group.
 
-    Each list holds the k nearest, or all when there are fewer. Pass the same object twice for the
-    rows of one group among themselves, each its own neighbor too; both results are then the same.
-    Uses one thread.
+    Each list holds those of the k nearest that are not below the floor, or all rows when there are
+    fewer. Pass the same object twice for the rows of one group among themselves, each its own
+    neighbor too; both results are then the same.
+    floors: (n,) similarity that the k nearest of each row of a, and of b, reach for sure, known
+    from other rows; what lies below it is left out. Uses one thread.
     """
     use = [True, False] if bfloat16 else [False]
     for rounded in use:
-        rows, columns, how = _rough(a, b, k, bfloat16=rounded)
+        rows, columns, how = _rough(a, b, k, floors, bfloat16=rounded)
         if max(rows.open_share, columns.open_share) <= _OPEN_SHARE:
             break
     found = _packed(rows, a, b, k, how)
     return found, found if a is b else _packed(columns, b, a, k, how)
 
 
-def _rough(a: Rows, b: Rows, k: int, *, bfloat16: bool) -> tuple[_Kept, _Kept, _Scores]:
+def _rough(
+    a: Rows, b: Rows, k: int, floors: tuple[Array | None, Array | None], *, bfloat16: bool
+) -> tuple[_Kept, _Kept, _Scores]:
     """Return the candidates of both sides by rough scores, and how rough those are."""
     from selfsup_ray.ops.pair_kernels import take_tile
 
     same, scores = a is b, _Scores(a, b, bfloat16=bfloat16)
-    rows = _Kept(len(a), k, scores.dtype)
-    columns = rows if same else _Kept(len(b), k, scores.dtype)
+    rows = _Kept(len(a), k, scores, floors[0])
+    columns = rows if same else _Kept(len(b), k, scores, floors[1])
     for c in range(0, len(b), TILE_COLUMNS):
         width = min(TILE_COLUMNS, len(b) - c)
         for r in range(0, min(len(a), c + width) if same else len(a), TILE_ROWS):
@@ -127,6 +137,14 @@ class _Scores:
             self.x, self.y = torch.from_numpy(a.rows), torch.from_numpy(b.rows)
         self.out = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=self.x.dtype)
 
+    def keys_below(self, similarity: Array) -> Array:
+        """Return (n,) keys: a pair whose key is no higher is surely less similar than this."""
+        wide = np.maximum(similarity.astype(np.float64), -1e30)  # -inf: nothing is known
+        limit = wide - self.error - 1.01 * self.share * (np.abs(wide) + self.error)
+        bits = limit.astype(np.float32).view(np.int32).astype(np.int64)
+        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> self.shift
+        return np.asarray(np.maximum(ordered - 1, np.iinfo(self.dtype).min).astype(self.dtype))
+
     def tile(self, r: int, c: int, height: int, width: int) -> Array:
         """Return the scores of rows [r, r + height) and columns [c, c + width) as integers."""
         full = height == TILE_ROWS and width == TILE_COLUMNS
@@ -139,10 +157,12 @@ class _Scores:
 class _Kept:
     """The running candidates of n queries: (key << 32 | id), keys ordering as their scores."""
 
-    def __init__(self, n: int, k: int, dtype: Any) -> None:
+    def __init__(self, n: int, k: int, scores: _Scores, floor: Array | None) -> None:
         self.entries = np.empty((n, 3 * k + 32), np.int64)
         self.used = np.zeros(n, np.int32)
-        self.bound = np.full(n, np.iinfo(dtype).min, dtype)
+        self.bound = np.full(n, np.iinfo(scores.dtype).min, scores.dtype)
+        if floor is not None:
+            self.bound = scores.keys_below(floor)
 
     @property
     def state(self) -> tuple[Array, Array, Array]:
@@ -202,10 +222,19 @@ def only_possible(found: Candidates, k: int) -> Candidates:
     from selfsup_ray.ops.pair_kernels import may_be_nearest
 
     keep = np.empty(len(found.ids), bool)
-    may_be_nearest(found.starts, found.low, found.high, k, keep)
+    may_be_nearest(found.starts, found.high, sure_similarity(found, k), keep)
     counts = np.add.reduceat(np.append(keep, False), found.starts[:-1], dtype=np.int64)
     counts[np.diff(found.starts) == 0] = 0
     return Candidates(_starts(counts), found.ids[keep], found.low[keep], found.high[keep])
+
+
+def sure_similarity(found: Candidates, k: int) -> Array:
+    """Return (n,) float32 that the k nearest of each query reach for sure; -inf if not known."""
+    from selfsup_ray.ops.pair_kernels import kth_low
+
+    out = np.empty(len(found.starts) - 1, np.float32)
+    kth_low(found.starts, found.low, k, out)
+    return out
 
 
 def pair_similarities(queries: Rows, rows: Rows, i: Array, j: Array) -> Array:

@@ -202,18 +202,22 @@ def pair_products(queries: Any, rows: Any, i: Any, j: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def may_be_nearest(starts: Any, low: Any, high: Any, k: int, out: Any) -> None:
-    """Mark the entries that can be among the k best of their query: high reaches the k-th low.
-
-    starts: (n + 1,) where each query's entries begin; low <= true similarity <= high.
-    """
+def kth_low(starts: Any, low: Any, k: int, out: Any) -> None:
+    """Fill out (n,) with the k-th largest low of each query, -inf where there are fewer."""
     for q in range(starts.shape[0] - 1):
         a, b = starts[q], starts[q + 1]
-        limit = np.float32(-np.inf)
-        if b - a > k:
-            limit = np.sort(low[a:b])[b - a - k]
-        for t in range(a, b):
-            out[t] = high[t] >= limit
+        out[q] = np.sort(low[a:b])[b - a - k] if b - a >= k else np.float32(-np.inf)
+
+
+@njit(nogil=True, cache=True)
+def may_be_nearest(starts: Any, high: Any, floor: Any, out: Any) -> None:
+    """Mark the entries whose high reaches the floor of their query.
+
+    starts: (n + 1,) where each query's entries begin; high: no similarity is greater.
+    """
+    for q in range(starts.shape[0] - 1):
+        for t in range(starts[q], starts[q + 1]):
+            out[t] = high[t] >= floor[q]
 
 
 @njit(nogil=True, cache=True)

@@ -96,6 +96,19 @@ def test_one_join_serves_both_groups(name: str):
         same(ranked(found.starts, found.ids, similarity, 9), exact_topk(own.rows, other.rows, k=9))
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("name", ["spread", "ties", "opposite", "collapsed", "not unit"])
+def test_a_floor_leaves_out_nothing_that_reaches_it(name: str, bfloat16: bool):
+    rows = INPUTS[name]()
+    a, b = Rows(rows[:300].copy()), Rows(rows[300:].copy())
+    wanted = exact_topk(a.rows, b.rows, k=9)
+    floor = wanted.similarity[:, 4]  # the five nearest reach it
+    found, _ = join(a, b, 9, bfloat16=bfloat16, floors=(floor, None))
+    for q, ids in enumerate(wanted.ids):
+        listed = found.ids[found.starts[q] : found.starts[q + 1]]
+        assert set(ids[:5]) <= set(listed)
+
+
 def test_few_candidates_are_settled_and_no_row_is_searched_again(monkeypatch: pytest.MonkeyPatch):
     def refuse(*args, **how):
         raise AssertionError("a row was searched in float64")
