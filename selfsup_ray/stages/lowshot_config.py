@@ -144,8 +144,9 @@ class LogisticConfig:
     iterations: Positive = 75_000
     eval_every: Positive = 500
     """Every so many iterations are a candidate for the number of iterations."""
-    row_length: Literal["unit", "root_dim"] = "root_dim"
-    """Length of the rows it is trained on: 1, or sqrt(d), about that of raw ResNet features."""
+    scale: Literal["none", "root_dim"] = "root_dim"
+    """`root_dim` multiplies unit rows by sqrt(d), to about the length of raw ResNet features;
+    `none` for rows that are raw features."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "weight_decay", "batch_size"):

@@ -217,6 +217,11 @@ def write_pool(
     return Pool(path)
 
 
+def _beside(path: Path) -> Path:
+    """Return the file with the similarities of a file with ids."""
+    return path.with_name(f"{path.stem}-similarity.npy")
+
+
 class Join:
     """Adds the last of some blocks to the others, whose lists are complete among themselves."""
 
@@ -249,8 +254,8 @@ class Join:
         return groups
 
     def partial(self, group: int) -> Path:
-        """Return the file of the new rows' lists among one group's rows."""
-        return self.path / "partial" / f"{group:05d}.npz"
+        """Return the file with the ids of the new rows' lists among one group's rows."""
+        return self.path / "partial" / f"{group:05d}.npy"
 
     def run(self, resources: Resources) -> tuple[ShardedArray, ShardedArray]:
         """Return the lists of all rows, old and new, written where they are missing."""
@@ -288,21 +293,21 @@ class Join:
             out[0].write_shard(i, lists.ids.astype(np.int32))
         stacked = np.concatenate([part.ids for part in found]).astype(np.int32)
         values = np.concatenate([part.similarity for part in found])
-        with whole_file(self.partial(group)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, ids=stacked, similarity=values)
+        save_array(_beside(self.partial(group)), values)
+        save_array(self.partial(group), stacked)
 
     def _write_new(self, ids: ShardedArray, similarity: ShardedArray) -> None:
         """Merge the new rows' lists among themselves with those of every group."""
         own = [ShardedArray.open(path) for path in self.new]
-        parts = [np.load(self.partial(g)) for g in range(len(self.groups))]
-        loaded = [Neighbors(part["ids"], part["similarity"]) for part in parts]
+        parts = [self.partial(g) for g in range(len(self.groups))]
         num_old = len(self.places)
         for t in range(own[0].num_shards):
             here = slice(int(own[0].offsets[t]), int(own[0].offsets[t + 1]))
             among = own[0].shard(t)[:, : self.width].astype(np.int64)
             among = np.where(among >= 0, among + self.first_new, -1)
-            lists = [Neighbors(among, own[1].shard(t)[:, : self.width])]
-            lists += [Neighbors(part.ids[here], part.similarity[here]) for part in loaded]
-            merged = merge_neighbors(lists, k=self.width)
+            merged = Neighbors(among, own[1].shard(t)[:, : self.width])
+            for part in parts:
+                mapped = [np.load(path, mmap_mode="r")[here] for path in (part, _beside(part))]
+                merged = merge_neighbors([merged, Neighbors(*mapped)], k=self.width)
             similarity.write_shard(num_old + t, merged.similarity)
             ids.write_shard(num_old + t, merged.ids.astype(np.int32))

@@ -43,6 +43,7 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """Set-up, n and seed as they stand in file names."""
         return f"{self.setup}-n{self.n:03d}-seed{self.seed:03d}"
 
 
@@ -142,7 +143,7 @@ class Run:
 
     @property
     def _scale(self) -> float:
-        root = self.config.logistic.row_length == "root_dim"
+        root = self.config.logistic.scale == "root_dim"
         return float(np.sqrt(self.linear_rows.shape[1])) if root else 1.0
 
     def linear(self, rates: list[Rate], batch_size: int, iterations: int) -> Iterator[Array]:
@@ -208,6 +209,7 @@ class Work:
 
     @property
     def folder(self) -> Path:
+        """Where the units' results are."""
         return self.out / "units" / ("explore" if self.chosen is None else "final")
 
     def path(self, i: int) -> Path:

@@ -14,9 +14,12 @@ import pytest
 
 from selfsup_ray.artifacts import Array, ShardedArray, begin, finish, read_done
 from selfsup_ray.config import Resources, build, override
+from selfsup_ray.data.published import write_feature_block
 from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.stages import lowshot_pool
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.graph import GraphConfig, build_graph
+from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
 from selfsup_ray.stages.lowshot import LowShot, low_shot
 from selfsup_ray.stages.lowshot_config import LowShotConfig
 from selfsup_ray.tracking import open_run
@@ -230,6 +233,7 @@ from pathlib import Path
 from selfsup_ray.stages import lowshot_units
 from tests.stages.test_lowshot import mixture, settings
 from selfsup_ray.stages.embed import Embeddings
+from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
 from selfsup_ray.stages.lowshot import low_shot
 
 folder, last = Path(sys.argv[1]), int(sys.argv[2])
@@ -264,6 +268,23 @@ def test_a_run_killed_twice_continues_to_the_same_bytes(
     low_shot(features, mixture()[1], config, out=tmp_path / "lowshot")
     assert {path: path.stat().st_mtime_ns for path in units} == kept
     assert deterministic_files(tmp_path / "lowshot") == deterministic_files(made.path)
+
+
+def test_the_cut_into_shards_and_groups_changes_nothing(
+    tmp_path: Path,
+    features: Embeddings,
+    whole: tuple[LowShotConfig, LowShot],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(lowshot_pool, "SHARD_ROWS", 20)
+    monkeypatch.setattr(lowshot_pool, "GROUP_ROWS", 50)
+    config, once = whole
+    made = low_shot(features, mixture()[1], config, out=tmp_path / "lowshot")
+    join = made.path / "test" / "background" / "join1"
+    assert len(list((join / "ids").glob("*.npy"))) > 8
+    assert not (join / "partial").exists()
+    for name in ("results.csv", "curves.json", "table.json"):
+        assert (made.path / name).read_bytes() == (once.path / name).read_bytes()
 
 
 def test_two_workers_give_the_same_bytes(tmp_path: Path, features: Embeddings, ray_session: None):
@@ -314,6 +335,32 @@ def test_very_wide_gaussian_weights_are_constant_ones(tmp_path: Path, features: 
         curves[name] = made.curves["test"]["diffusion_background"]["3"]["top1_all"]["mean"]
     np.testing.assert_allclose(curves["wide"], curves["constant"], atol=1e-9)
     assert curves["narrow"] != curves["constant"] != curves["floor"]
+
+
+def test_published_features_need_no_corpus(tmp_path: Path):
+    rows, labels = mixture()
+    raw = rows * np.linspace(20, 40, len(rows), dtype=np.float32)[:, None]
+    blocks = [tmp_path / "train.h5", tmp_path / "val.h5"]
+    for path, part in zip(blocks, (slice(0, 240), slice(240, None)), strict=True):
+        write_feature_block(path, raw[part], labels[part])
+    unit = import_features(blocks, out=tmp_path / "unit")
+    as_published = import_features(
+        blocks, ImportFeaturesConfig(normalize=False), out=tmp_path / "raw"
+    )
+    config = settings(
+        methods=["diffusion", "logistic"],
+        **{"test": {"name": "rows", "first": 240}, "logistic.scale": "none"},
+    )
+    made = low_shot(
+        unit,
+        np.asarray(ShardedArray.open(unit.path / "labels")),
+        config,
+        out=tmp_path / "lowshot",
+        linear_features=as_published,
+    )
+    np.testing.assert_array_equal(np.sort(_all_test_ids(made)), np.arange(240, 360))
+    assert made.mean("logistic", n=3, number="top1_all") > 0.4
+    assert made.mean("diffusion", n=3, number="top1_all") > 0.4
 
 
 def test_images_are_kept_for_testing_by_share_by_source_or_by_place(
