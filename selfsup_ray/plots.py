@@ -186,6 +186,7 @@ def plot_in_degrees(counts: Array, ax: Axes) -> None:
     ax.set_xlim(left=-0.3)
     for axis in (ax.xaxis, ax.yaxis):  # the scale's own labels are formulas: 10^{0}
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.set_minor_formatter(lambda value, _: "")
     title = f"listed at most {int(degrees.max()):,} times"
     ax.set(xlabel="times listed as a neighbor", ylabel="% of images", title=title)
     ax.legend()
