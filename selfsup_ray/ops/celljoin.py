@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.neighbors import Neighbors
-from selfsup_ray.ops.selection import empty_candidates, keep_largest, settle
+from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all, settle
 
 _TILE_ROWS = (64, 128, 256, 512, 1024)  # few shapes: each costs oneDNN a kernel
 _TILE_COLUMNS = (128, 256, 384, 512, 768, 1024)
@@ -72,11 +72,22 @@ def probe(cells: Cells, rows: Tensor, start: int, *, probes: int) -> Array:
         others = near[cell - first]
         others = others[others != cell]
         chosen = centers[torch.from_numpy(others.astype(np.int64))]
-        scores = (rows[a - start : b - start] @ chosen.T).float()
-        best = scores.topk(out.shape[1] - 1, dim=1, sorted=False).indices.numpy()
+        scores = rows[a - start : b - start] @ chosen.T
         out[a - start : b - start, 0] = cell
-        out[a - start : b - start, 1:] = others[best]
+        out[a - start : b - start, 1:] = others[best_columns(scores, out.shape[1] - 1)]
     return out
+
+
+def best_columns(scores: Tensor, count: int) -> Array:
+    """Return (n, count) int32 columns of the largest of (n, m) bfloat16 scores, in no order."""
+    n, m = scores.shape
+    candidates = empty_candidates(n, count + min(m, 2 * count + 16))
+    if count:
+        bits = scores.contiguous().view(torch.int16).numpy()
+        keep_largest(bits, m, 0, np.arange(n), m, count, *candidates)
+    keys, ids, used, _ = candidates
+    prune_all(keys, ids, used, count)
+    return np.asarray(ids[:, :count])
 
 
 def join(

@@ -108,6 +108,15 @@ def keep_largest(
         used[q], bound[q] = count, limit
 
 
+@njit(nogil=True, cache=True)
+def prune_all(keys: Any, ids: Any, used: Any, keep: int) -> None:
+    """Leave each query its `keep` best candidates, at the front, in no order."""
+    for i in range(keys.shape[0]):
+        if used[i] > keep:
+            prune(keys[i], ids[i], used[i], keep)
+            used[i] = keep
+
+
 @njit(nogil=True, cache=True, fastmath=True)
 def _product(query: Any, row: Any) -> float:
     total = 0.0
@@ -171,24 +180,26 @@ def empty_candidates(n: int, capacity: int) -> tuple[Array, Array, Array, Array]
 
 
 @njit(nogil=True, cache=True)
-def _largest_columns(scores: Any, out: Any) -> None:
-    columns = scores.shape[1]
-    for i in range(scores.shape[0]):
-        row = scores[i]
+def _largest(row: Any) -> Any:
+    """Return the ordered key of the largest of a row of bfloat16 bits, and its first column."""
+    largest = np.int16(LOWEST)
+    for j in range(row.shape[0]):
+        largest = max(largest, row[j])
+    if largest < 0:  # all numbers are negative: their bits order the other way round
         largest = np.int16(LOWEST)
-        for j in range(columns):
-            if row[j] > largest:
-                largest = row[j]
-        if largest < 0:  # all numbers are negative: their bits order the other way round
-            largest = np.int16(LOWEST)
-            for j in range(columns):
-                if _ordered(row[j]) > largest:
-                    largest = _ordered(row[j])
-            largest = _ordered(largest)
-        for j in range(columns):
-            if row[j] == largest:
-                out[i] = j
-                break
+        for j in range(row.shape[0]):
+            largest = max(largest, _ordered(row[j]))
+        largest = _ordered(largest)
+    column = 0
+    while row[column] != largest:
+        column += 1
+    return _ordered(largest), column
+
+
+@njit(nogil=True, cache=True)
+def _largest_columns(scores: Any, out: Any) -> None:
+    for i in range(scores.shape[0]):
+        _, out[i] = _largest(scores[i])
 
 
 def largest_columns(scores: Array) -> Array:
@@ -196,3 +207,15 @@ def largest_columns(scores: Array) -> Array:
     out = np.empty(len(scores), np.int64)
     _largest_columns(scores, out)
     return out
+
+
+@njit(nogil=True, cache=True)
+def raise_best(scores: Any, owners: Any, first: int, best: Any, column: Any) -> None:
+    """Raise each owner's best key and column where its row of scores has a larger one.
+
+    scores: (n, m) bfloat16 bits of the columns first, first + 1, ...; owners: (n,) distinct.
+    """
+    for i in range(scores.shape[0]):
+        key, j = _largest(scores[i])
+        if key > best[owners[i]]:
+            best[owners[i]], column[owners[i]] = key, first + j

@@ -55,7 +55,7 @@ class CellsConfig:
     images, in torch alone, which a GPU needs (with probes of 32 and more: products are cheap)."""
     extra: NonNegative = 16
     """Candidates beyond k that are settled exactly; they cover the rounding of bfloat16."""
-    sample_per_cell: Positive = 48
+    sample_per_cell: Positive = 32
     """Images per cell that the k-means is trained on, as far as `memory_mb` allows."""
     memory_mb: Positive = 1000
     """What one worker's arrays may take, about; a process has 0.5 GB besides."""
