@@ -18,7 +18,7 @@ from selfsup_ray.errors import ResourceError
 from selfsup_ray.ops.adjacency import Adjacency
 from selfsup_ray.ops.diffusion import spread
 from selfsup_ray.ops.spreading import Spread, column_width, spread_bytes
-from selfsup_ray.stages.diffuse_results import Job, Results, entropy_sums, save
+from selfsup_ray.stages.diffuse_results import Job, Results, entropy_sums, prepare, save
 
 WIDEST = {"float32": 128, "bfloat16": 256}
 """Classes of a block at most: rows of 512 bytes; wider ones leave the cache sooner."""
@@ -49,6 +49,7 @@ def class_blocks(job: Job, nodes: int) -> list[tuple[int, int]]:
 
 def block_results(job: Job) -> Results:
     """Spread every block that is not there yet; return what they found, put together."""
+    prepare(job)
     nodes = len(job.adjacency())
     blocks = class_blocks(job, nodes)
     folders = [job.parts / f"{first:06d}-{stop:06d}" for first, stop in blocks]

@@ -98,6 +98,21 @@ class Job:
         return np.sort(permuted(np.arange(sample), n=n, seed=self.seed, epoch=0))
 
 
+def prepare(job: Job) -> None:
+    """Write the adjacency where the workers are, unless it is there."""
+    todo = [] if (job.out / "adjacency" / "ids.npy").exists() else [0]
+    for _ in map_shards(_Prepare(job), todo, _cpus(job.resources), label="diffuse"):
+        pass
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    job: Job
+
+    def __call__(self, _: int) -> None:
+        self.job.adjacency()
+
+
 @dataclass
 class Results:
     """What the parts of a diffusion found, put together.

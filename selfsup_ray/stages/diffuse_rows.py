@@ -22,7 +22,7 @@ from selfsup_ray.errors import ResourceError
 from selfsup_ray.ops.adjacency import Adjacency, has_numba
 from selfsup_ray.ops.spreading import Seeds, column_width, scales, widened
 from selfsup_ray.stages.diffuse_blocks import save_named
-from selfsup_ray.stages.diffuse_results import Job, Results, entropy_sums, save
+from selfsup_ray.stages.diffuse_results import Job, Results, entropy_sums, prepare, save
 
 COPIES = 6
 """Rows of L in a worker's memory for each of its own: with those of neighbors, and the result."""
@@ -32,6 +32,7 @@ def row_results(job: Job) -> Results:
     """Make every step's rows that are not there yet; return what they hold, put together."""
     if not has_numba():
         raise ResourceError("diffuse: mode=rows needs numba. Install it, or use mode=classes.")
+    prepare(job)
     rows = ByRows(job, row_ranges(job.adjacency(), job))
     for t in range(job.niter + 1):
         _each(rows.make, rows.missing(t, "sums.npy"), t, job)
@@ -39,6 +40,15 @@ def row_results(job: Job) -> Results:
         if t:
             shutil.rmtree(rows.folder(t - 1) / "labels", ignore_errors=True)
     return _together(rows)
+
+
+def renumbered(ids: Array) -> tuple[Array, Array]:
+    """Return the distinct ids, ascending, and the int32 place of each id among them."""
+    low = int(ids.min(initial=0))
+    is_there = np.zeros(int(ids.max(initial=-1)) + 1 - low, bool)
+    is_there[ids - low] = True
+    number = np.cumsum(is_there, dtype=np.int32) - np.int32(1)
+    return np.flatnonzero(is_there) + low, number[ids - low]
 
 
 def _each(call: Callable[[int, int], None], missing: list[int], t: int, job: Job) -> None:
@@ -140,13 +150,9 @@ class ByRows:
 
         graph = self.graph
         first, last = int(graph.indptr[start]), int(graph.indptr[stop])
-        # The rows that are read, ascending, so that each file is read once and in order.
-        needed, ids = np.unique(np.asarray(graph.ids[first:last]), return_inverse=True)
-        local = Adjacency(
-            np.asarray(graph.indptr[start : stop + 1]) - first,
-            ids.astype(np.int32),
-            np.asarray(graph.twice[start:stop]),
-        )
+        needed, ids = renumbered(np.asarray(graph.ids[first:last]))
+        indptr = np.asarray(graph.indptr[start : stop + 1]) - first
+        local = Adjacency(indptr, ids, np.asarray(graph.twice[start:stop]))
         labels = self.rows(t - 1, needed)
         made = np.zeros((stop - start, labels.shape[1]), labels.dtype)
         blocks = [(a - start, b - start) for a, b in graph.blocks(start, stop)]
