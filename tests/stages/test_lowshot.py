@@ -14,12 +14,10 @@ import pytest
 
 from selfsup_ray.artifacts import Array, ShardedArray, begin, finish, read_done
 from selfsup_ray.config import Resources, build, override
-from selfsup_ray.data.published import write_feature_block
-from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.errors import ArtifactError
 from selfsup_ray.stages import lowshot_pool
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.graph import GraphConfig, build_graph
-from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
 from selfsup_ray.stages.lowshot import LowShot, low_shot
 from selfsup_ray.stages.lowshot_config import LowShotConfig
 from selfsup_ray.tracking import open_run
@@ -335,105 +333,6 @@ def test_very_wide_gaussian_weights_are_constant_ones(tmp_path: Path, features: 
         curves[name] = made.curves["test"]["diffusion_background"]["3"]["top1_all"]["mean"]
     np.testing.assert_allclose(curves["wide"], curves["constant"], atol=1e-9)
     assert curves["narrow"] != curves["constant"] != curves["floor"]
-
-
-def test_published_features_need_no_corpus(tmp_path: Path):
-    rows, labels = mixture()
-    raw = rows * np.linspace(20, 40, len(rows), dtype=np.float32)[:, None]
-    blocks = [tmp_path / "train.h5", tmp_path / "val.h5"]
-    for path, part in zip(blocks, (slice(0, 240), slice(240, None)), strict=True):
-        write_feature_block(path, raw[part], labels[part])
-    unit = import_features(blocks, out=tmp_path / "unit")
-    as_published = import_features(
-        blocks, ImportFeaturesConfig(normalize=False), out=tmp_path / "raw"
-    )
-    config = settings(
-        methods=["diffusion", "logistic"],
-        **{"test": {"name": "rows", "first": 240}, "logistic.scale": "none"},
-    )
-    made = low_shot(
-        unit,
-        np.asarray(ShardedArray.open(unit.path / "labels")),
-        config,
-        out=tmp_path / "lowshot",
-        linear_features=as_published,
-    )
-    np.testing.assert_array_equal(np.sort(_all_test_ids(made)), np.arange(240, 360))
-    assert made.mean("logistic", n=3, number="top1_all") > 0.4
-    assert made.mean("diffusion", n=3, number="top1_all") > 0.4
-
-
-def test_images_are_kept_for_testing_by_share_by_source_or_by_place(
-    tmp_path: Path, features: Embeddings
-):
-    labels = mixture()[1]
-    place = np.arange(len(labels))
-    small = {"methods": ["knn"], "seeds": [1], "shots": [1]}
-    made = low_shot(features, labels, settings(**small), out=tmp_path / "share")
-    tested = np.bincount(labels[_all_test_ids(made)], minlength=C)
-    np.testing.assert_array_equal(tested, PER_CLASS // 5)
-
-    def sources(ids: Array) -> list[str]:
-        return [f"{'val' if i % 4 == 3 else 'train'}/{i}.png" for i in ids]
-
-    by_source = settings(**small, **{"test": {"name": "source", "pattern": "val/*"}})
-    made = low_shot(features, labels, by_source, out=tmp_path / "source", sources=sources)
-    np.testing.assert_array_equal(np.sort(_all_test_ids(made)), place[place % 4 == 3])
-    by_rows = settings(**small, **{"test": {"name": "rows", "first": 200}})
-    made = low_shot(features, labels, by_rows, out=tmp_path / "rows")
-    np.testing.assert_array_equal(np.sort(_all_test_ids(made)), place[200:])
-    none = settings(**small, **{"test": {"name": "source", "pattern": "test/*"}})
-    with pytest.raises(ConfigError, match=r"'test/\*' matches no image's source.*'train/0.png'"):
-        low_shot(features, labels, none, out=tmp_path / "none", sources=sources)
-    with pytest.raises(ConfigError, match="needs the sources"):
-        low_shot(features, labels, none, out=tmp_path / "none")
-    late = settings(**small, **{"test": {"name": "rows", "first": 9999}})
-    with pytest.raises(ConfigError, match="first=9999 leaves no test image"):
-        low_shot(features, labels, late, out=tmp_path / "none")
-    by_class = settings(**small, **{"test": {"name": "source", "pattern": "[1-9]*/7.png"}})
-
-    def by_label(ids: Array) -> list[str]:
-        return [f"{labels[i]}/{7 if i % 2 else 8}.png" for i in ids]
-
-    with pytest.raises(ConfigError, match=r"no test image of class 0 \(cat\)"):
-        names = ["cat"]
-        low_shot(
-            features, labels, by_class, out=tmp_path / "n", sources=by_label, class_names=names
-        )
-    assert not (tmp_path / "none").exists()
-
-
-def test_what_does_not_fit_is_refused_before_any_work(tmp_path: Path, features: Embeddings):
-    labels, out = mixture()[1], tmp_path / "lowshot"
-    with pytest.raises(ConfigError, match=r"Novel class 6 has 24 training images.*asks for 25"):
-        low_shot(features, labels, settings(shots=[1, 25]), out=out)
-    with pytest.raises(ConfigError, match="72 base images, fewer than the 80 neighbors"):
-        low_shot(features, labels, settings(k=80), out=out)
-    with pytest.raises(ConfigError, match="7 labels, 360 embeddings"):
-        low_shot(features, labels[:7], settings(), out=out)
-    alone = {"background.other_classes": False}
-    with pytest.raises(ConfigError, match="set-up `val` has no background image"):
-        low_shot(features, labels, settings(**alone), out=out)
-    narrow = write_embeddings(tmp_path / "narrow", mixture()[0][:, :4].copy())
-    folders = {"background.folders": [{"path": str(narrow.path)}]}
-    with pytest.raises(ConfigError, match="rows of 4 numbers, but this run's embeddings have 8"):
-        low_shot(features, labels, settings(**folders), out=out)
-    other = write_embeddings(tmp_path / "other", mixture()[0], encoder="two")
-    folders = {"background.folders": [{"path": str(other.path)}]}
-    with pytest.raises(ConfigError, match="made by another encoder"):
-        low_shot(features, labels, settings(**folders), out=out)
-    assert not out.exists()
-
-
-def test_config_values_that_cannot_work_are_refused():
-    with pytest.raises(ConfigError, match="give either `num_base` or `file`"):
-        settings(classes={})
-    with pytest.raises(ConfigError, match="`methods` has fused, which needs logistic too"):
-        settings(methods=["diffusion", "fused"])
-    with pytest.raises(ConfigError, match=r"`seeds` needs at least one value and each once"):
-        settings(seeds=[1, 1])
-    with pytest.raises(ConfigError, match="`lr` needs at least one value"):
-        settings(**{"logistic.lr": []})
 
 
 def test_a_finished_folder_is_current_and_other_settings_are_an_error(
