@@ -1,9 +1,12 @@
 """The diffuse stage: scores of the formula, however the work is cut and whenever it is stopped."""
 
+import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import numpy as np
 import pytest
 
 from selfsup_ray.artifacts import ShardedArray, begin, finish
-from selfsup_ray.config import Resources, override
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import Resources, build, override, to_dict
 from selfsup_ray.errors import ConfigError, ResourceError
 from selfsup_ray.ops.diffusion import knn_to_adjacency
-from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion, choose_seeds, diffuse
+from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion, _job, choose_seeds, diffuse
+from selfsup_ray.stages.diffuse_blocks import _Block, class_blocks
+from selfsup_ray.stages.diffuse_rows import row_ranges
 from selfsup_ray.stages.graph import Graph, GraphConfig
 
 HERE = Resources(workers=0)
@@ -139,9 +145,6 @@ def test_however_the_work_is_cut_the_bits_are_the_same(
 
 
 def test_rows_are_cut_into_several_ranges(graph: Graph, tmp_path: Path):
-    from selfsup_ray.stages.diffuse import _job
-    from selfsup_ray.stages.diffuse_rows import row_ranges
-
     job = _job(graph, made_labels(), override(CONFIG, CHANGES["rows"]), tmp_path)
     ranges = row_ranges(job.adjacency(), job)
     assert len(ranges) > 2
@@ -171,6 +174,46 @@ def test_the_order_of_places_changes_nothing_but_rounding(
     assert (outputs(made)["predictions"] == outputs(plain)["predictions"]).mean() > 0.99
 
 
+@dataclass(frozen=True)
+class DyingBlock:
+    """A block of classes whose worker is killed in the first try of block 1."""
+
+    block: _Block
+    mark: Path
+
+    def __call__(self, i: int) -> None:
+        if i == 1 and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.block(i)
+
+
+def test_a_killed_ray_worker_changes_nothing(
+    graph: Graph, plain: Diffusion, tmp_path: Path, ray_session: None
+):
+    import ray
+
+    config = override(CONFIG, {**CHANGES["three blocks"], "resources.workers": 2})
+    out, labels = tmp_path / "out", made_labels()
+    digest = hashlib.sha256(labels.tobytes()).hexdigest()
+    begin(
+        out, stage="diffuse", config=config, inputs={"graph": graph.fingerprint, "labels": digest}
+    )
+    job = _job(graph, labels, config, out)
+    blocks = class_blocks(job, len(job.adjacency()))
+    assert len(blocks) == 3
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        dying = DyingBlock(_Block(job, blocks), tmp_path / "mark")
+        done = [i for i, _ in map_shards(dying, range(3), config.resources)]
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert sorted(done) == [0, 1, 2] and (tmp_path / "mark").exists()
+    made = diffuse(graph, labels, config, out=out)
+    for key, values in outputs(plain).items():
+        np.testing.assert_array_equal(outputs(made)[key], values)
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -197,8 +240,6 @@ diffuse(Graph.open(graph), labels, build(DiffuseConfig, json.loads(config)), out
 def test_a_killed_diffusion_continues_to_the_same_bytes(
     graph: Graph, plain: Diffusion, tmp_path: Path, name: str
 ):
-    from selfsup_ray.config import to_dict
-
     config = override(CONFIG, CHANGES[name])
     np.save(tmp_path / "labels.npy", made_labels())
     mode, text = config.mode, json.dumps(to_dict(config))
@@ -275,7 +316,5 @@ def test_too_little_memory_names_the_other_mode(graph: Graph, tmp_path: Path):
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str):
-    from selfsup_ray.config import build
-
     with pytest.raises(ConfigError, match=message):
         build(DiffuseConfig, changes)
