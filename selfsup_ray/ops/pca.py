@@ -121,6 +121,17 @@ class LinearMap:
         return out
 
 
+def map_of_bias(matrix: Array, bias: Array) -> LinearMap:
+    """Return the map x -> matrix x + bias, matrix (dim, d) with independent rows.
+
+    Any mean with -matrix mean = bias will do; the one of least length is taken.
+    """
+    wide = matrix.astype(np.float64)
+    mean = np.linalg.lstsq(wide, -bias.astype(np.float64), rcond=None)[0]
+    assert np.allclose(wide @ mean, -bias, atol=1e-4 * (1 + np.abs(bias).max())), "dependent rows"
+    return LinearMap(matrix.astype(np.float32), mean.astype(np.float32))
+
+
 def projection(pca: Pca, *, whiten_power: float = 0.0, rotation: Array | None = None) -> LinearMap:
     """Return the map onto the components, each over variance^whiten_power, rotated at the end.
 

@@ -28,13 +28,14 @@ from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import NonNegative, Positive, Resources, Share, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ArtifactError, ConfigError, ResourceError
-from selfsup_ray.ops.faiss_files import write_transform
+from selfsup_ray.ops.faiss_files import read_transform, write_transform
 from selfsup_ray.ops.pca import (
     BLOCK,
     LinearMap,
     Moments,
     Pca,
     block_moments,
+    map_of_bias,
     merged_moments,
     principal_components,
     projection,
@@ -57,7 +58,8 @@ SAMPLE_BLOCK = 65_536
 class ReduceConfig:
     """How embeddings are reduced: centered, projected, optionally rotated, made unit rows.
 
-    The published 256-d features: dim=256, sample_from=first, rotate=true.
+    The published 256-d features: dim=256, sample_from=first, rotate=true. Images that are to be
+    compared with others need the others' map: transform.
     """
 
     dim: Positive = 256
@@ -70,6 +72,9 @@ class ReduceConfig:
     """Each component is divided by its variance to this power; 0 keeps, 0.5 equals them all."""
     rotate: bool = False
     """Turn the result at random, so that every dimension carries about the same variance."""
+    transform: Path | None = None
+    """A map that is applied in place of a fitted one: the folder of another `reduce`, or a linear
+    transform of faiss (.vt); of the fields above only `dim` then counts."""
     seed: NonNegative = 0
     """Chooses the sample and the rotation."""
     resources: Resources = Resources()
@@ -79,6 +84,11 @@ class ReduceConfig:
         if self.resources.gpus:
             raise ValueError(
                 f"`resources.gpus` is {self.resources.gpus}, but reduce works on CPUs; set it to 0"
+            )
+        if self.transform is not None and (self.rotate or self.whiten_power):
+            raise ValueError(
+                f"`transform` is applied as it is, but rotate={self.rotate} and "
+                f"whiten_power={self.whiten_power} are asked for; leave them out"
             )
 
 
@@ -134,13 +144,14 @@ def reduce(
     config, out, began = config or ReduceConfig(), Path(out), time.monotonic()
     array = features.array
     _require_inputs(config, array)
+    given = None if config.transform is None else _given_map(config, config.transform, array, out)
     inputs = {"features": features.fingerprint}
     if begin(out, stage="reduce", config=config, inputs=inputs):
         log.info("reduce: %s is current", out)
         return Reduced.open(out)
     require_disk(out, size_bytes=_disk_bytes(config, array))
     if not (out / "transform.safetensors").exists():
-        _fit(array, config, out)
+        _fit(array, config, out) if given is None else _write_transform(out, given)
     rows = ShardedArray.create(
         out / "rows", shard_rows=array.shard_rows, row_shape=(config.dim,), dtype="float32"
     )
@@ -153,8 +164,8 @@ def reduce(
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
     finish(out, stage="reduce", config=config, inputs=inputs, seconds=seconds, facts=facts)
-    text = "reduce: %s rows, d=%d to %d, %.1f %% of the variance kept, %.1f s"
-    kept = 100 * facts["explained_variance"]
+    kept = f", {facts['explained_variance']:.1%} of the variance" if given is None else ""
+    text = "reduce: %s rows, d=%d to %d%s, %.1f s"
     log.info(text, f"{len(array):,}", array.shape[1], config.dim, kept, seconds)
     return Reduced.open(out)
 
@@ -166,13 +177,37 @@ def _require_inputs(config: ReduceConfig, array: ShardedArray) -> None:
             f"reduce.dim={config.dim}, but the rows in {array.path} have {d} dimensions. Set it to "
             f"{d} or less, or leave the stage out."
         )
-    if n < 2:
+    if n < 2 and config.transform is None:
         raise ConfigError(
             f"reduce needs at least 2 rows to see directions of variance; {array.path} has {n}. "
             f"Add images, or leave the stage out."
         )
     if config.sample < 2:
         raise ConfigError("reduce.sample=1, but a single row has no variance. Set it to 2 or more.")
+
+
+def _given_map(config: ReduceConfig, path: Path, array: ShardedArray, out: Path) -> LinearMap:
+    """Return the map to apply; raise unless it fits the rows and is the one `out` was made with."""
+    if path.suffix == ".vt":
+        made = map_of_bias(*read_transform(path))
+    else:
+        made = Reduced.open(path).transform
+    dim, d = made.matrix.shape
+    if (dim, d) != (config.dim, array.shape[1]):
+        raise ConfigError(
+            f"reduce.transform={path} maps {d} dimensions to {dim}, but the rows have "
+            f"{array.shape[1]} and reduce.dim={config.dim}. Give the map of the same encoder, and "
+            f"set reduce.dim to {dim}."
+        )
+    if (out / "transform.safetensors").exists():
+        used = _read_transform(out)
+        same = np.array_equal(used.matrix, made.matrix) and np.array_equal(used.mean, made.mean)
+        if not same:
+            raise ArtifactError(
+                f"{out} was built with another map than {path} holds now. Choose another `out`, "
+                f"or delete the folder to rebuild it."
+            )
+    return made
 
 
 def _disk_bytes(config: ReduceConfig, array: ShardedArray) -> int:
@@ -255,14 +290,16 @@ def _require_variance(pca: Pca, config: ReduceConfig) -> None:
         )
 
 
-def _write_transform(out: Path, made: LinearMap, pca: Pca) -> None:
+def _write_transform(out: Path, made: LinearMap, pca: Pca | None = None) -> None:
     from safetensors.numpy import save_file
 
     try:
         write_transform(out / "transform.vt", made.matrix, made.bias)
     except ResourceError as error:
         log.warning("reduce: transform.vt is not written: %s", error)
-    tensors = {"matrix": made.matrix, "mean": made.mean, "explained_variance": pca.explained}
+    tensors = {"matrix": made.matrix, "mean": made.mean}
+    if pca is not None:
+        tensors["explained_variance"] = pca.explained
     with whole_file(out / "transform.safetensors") as temporary:
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary)
 
@@ -295,11 +332,12 @@ def _reduce_shard(source: Path, out: Path, threads: int, shard: int) -> None:
 def _facts(features: Features, out: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
-    shares = load_file(out / "transform.safetensors")["explained_variance"]
+    tensors = load_file(out / "transform.safetensors")
     n, d = features.array.shape
-    facts: dict[str, Any] = {"images": n, "dim": len(shares), "input_dim": d}
-    facts["explained_variance"] = float(shares.sum())
-    facts["explained_variance_by_component"] = [float(f"{share:.6g}") for share in shares]
+    facts: dict[str, Any] = {"images": n, "dim": len(tensors["matrix"]), "input_dim": d}
+    if (shares := tensors.get("explained_variance")) is not None:
+        facts["explained_variance"] = float(shares.sum())
+        facts["explained_variance_by_component"] = [float(f"{share:.6g}") for share in shares]
     path, known = getattr(features, "path", None), getattr(features, "facts", {})
     if path is not None and "corpus" in known:
         facts["corpus"] = os.path.relpath(Path(path) / known["corpus"], out)

@@ -176,3 +176,33 @@ def test_a_current_folder_is_kept_and_another_config_is_an_error(
     assert (out / "done.json").stat().st_mtime_ns == stamp
     with pytest.raises(ArtifactError, match=r"reduce.dim=4, but this run asks for 5"):
         reduce(features, ReduceConfig(dim=5, resources=HERE), out=out)
+
+
+def test_new_rows_take_the_map_of_others(tmp_path: Path, features: Embeddings):
+    config = ReduceConfig(dim=5, rotate=True, resources=HERE)
+    fitted = reduce(features, config, out=tmp_path / "fitted")
+    others = embeddings(tmp_path / "others", np.asarray(features.array)[60:20:-1].copy(), [25, 15])
+    wanted = np.asarray(fitted.array)[60:20:-1]
+    for given in (fitted.path, fitted.path / "transform.vt"):
+        config = ReduceConfig(dim=5, transform=given, resources=HERE)
+        found = reduce(others, config, out=tmp_path / f"by-{given.name}")
+        np.testing.assert_allclose(np.asarray(found.array), wanted, atol=1e-5)
+        assert "explained_variance" not in found.facts
+
+
+def test_a_map_that_does_not_fit_or_has_changed_is_an_error(tmp_path: Path, features: Embeddings):
+    given = reduce(features, ReduceConfig(dim=5, resources=HERE), out=tmp_path / "fitted").path
+    with pytest.raises(ConfigError, match=r"maps 16 dimensions to 5, .* set reduce.dim to 5"):
+        reduce(features, ReduceConfig(transform=given, dim=4), out=tmp_path / "other")
+    with pytest.raises(ConfigError, match="`transform` is applied as it is, but rotate=True"):
+        ReduceConfig(transform=given, rotate=True)
+    config, out = ReduceConfig(transform=given, dim=5, resources=HERE), tmp_path / "out"
+    reduce(features, config, out=out)
+    rows = embeddings(tmp_path / "changed", made_rows()[:, ::-1].copy(), [300])
+    for path in (given / "transform.safetensors", given / "config.yaml"):
+        path.unlink()
+    for path in [*given.rglob("*.npy"), given / "done.json"]:
+        path.unlink()
+    reduce(rows, ReduceConfig(dim=5, resources=HERE), out=given)
+    with pytest.raises(ArtifactError, match="was built with another map than"):
+        reduce(features, config, out=out)
