@@ -85,12 +85,13 @@ class _Block:
             if t:
                 state.step()
             watch.note(state)
-        images = _places(graph, np.arange(len(graph)))
-        classes, scores = state.top(images, min(job.top, stop - first))
-        save(folder / "classes.npy", classes)
-        save(folder / "scores.npy", scores)
+        # In the order of places, where rows lie; then only the few best are moved.
+        best = state.top(np.arange(len(graph)), min(job.top, stop - first))
+        at = _places(graph, np.arange(len(graph)))
+        for name, values in zip(("classes", "scores"), best, strict=True):
+            save(folder / f"{name}.npy", values[at])
         if job.full:
-            rows = [state.sums(images[a : a + _ROWS, None]) for a in range(0, len(images), _ROWS)]
+            rows = [state.sums(at[a : a + _ROWS, None]) for a in range(0, len(at), _ROWS)]
             save(folder / "all_scores.npy", np.concatenate(rows))
         watch.save(folder / "facts.npz")
 
@@ -104,7 +105,8 @@ class _Watch:
 
     def __init__(self, graph: Adjacency, job: Job) -> None:
         self.sampled = _places(graph, job.sampled())
-        self.watched = _places(graph, job.watched)
+        watched = _places(graph, job.watched)
+        self.watched, self.back = np.unique(watched, return_inverse=True)  # rows as they lie
         self.steps: list[tuple[Array, ...]] = []
 
     def note(self, state: Spread) -> None:
@@ -114,7 +116,8 @@ class _Watch:
         ]
         totals, logs = (np.concatenate(part) for part in zip(*sums, strict=True))
         classes, scores = state.top(self.watched, 1)
-        self.steps.append((state.mass, totals, logs, classes[:, 0], scores[:, 0]))
+        best = (classes[self.back, 0], scores[self.back, 0])
+        self.steps.append((state.mass, totals, logs, *best))
 
     def save(self, path: Path) -> None:
         names = ("mass", "totals", "logs", "classes", "scores")
