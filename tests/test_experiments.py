@@ -151,6 +151,22 @@ TEACH = {
 }
 CIFAR = {"scan.epochs": 50, "selflabel.epochs": 200, "scan.views.cutout": 16}
 STL = {"scan.epochs": 100, "selflabel.epochs": 100, "scan.views.cutout": 32}
+# Low-shot diffusion (Douze et al. 2018, public code).
+LOW_SHOT = {
+    "reduce.dim": 256,
+    "lowshot.k": 30,
+    "lowshot.niter": 40,
+    "lowshot.shots": [1, 2, 5, 10, 20],
+    "lowshot.seeds": [1, 2, 3, 4, 5],
+    "lowshot.draw": "legacy",
+    "lowshot.diffusion.weights": "constant",
+    "lowshot.diffusion.normalize_columns": True,
+    "lowshot.logistic.lr": [1e-2, 1e-3, 1e-4],
+    "lowshot.logistic.weight_decay": [0, 0.01, 0.1],
+    "lowshot.logistic.batch_size": [16, 64, 128],
+    "lowshot.logistic.iterations": 75_000,
+    "lowshot.logistic.eval_every": 500,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cifar10": SIMCLR | SMALL | CIFAR | {"pretext.backbone.stem": "cifar"},
     "stl10-pretext": SIMCLR | {"pretext.backbone.stem": "stl"},
@@ -158,6 +174,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "imagenet-50": IMAGENET | TEACH | {"scan.num_clusters": 50, "scan.batch_size": 512},
     "imagenet-100": IMAGENET | TEACH | {"scan.num_clusters": 100, "scan.batch_size": 1024},
     "imagenet-200": IMAGENET | TEACH | {"scan.num_clusters": 200, "scan.batch_size": 1024},
+    "lowshot-imagenet-yfcc": LOW_SHOT,
     "imagenet": IMAGENET | {"scan.num_clusters": 1000, "scan.batch_size": 4096},
 }
 

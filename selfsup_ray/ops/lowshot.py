@@ -106,7 +106,7 @@ def choose_novel(
     classes: (M,) class 0..C-1 of each training image in file order, -1 for none; is_novel: (C,).
     `legacy`: one numpy.random.RandomState(seed) shuffles the images of the novel classes in turn
     and the first n are kept, as in the published runs. `modern`: every class has a generator of
-    its own, so that its images do not depend on which other classes there are. With either, the
+    its own, so that its images do not depend on which other classes are novel. With either, the
     images for a smaller n are among those for a larger one. Raises ConfigError when a class has
     fewer than n.
     """

@@ -24,6 +24,7 @@ from selfsup_ray.artifacts import (
     finish,
     read_done,
     read_json,
+    require_disk,
 )
 from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import Resources
@@ -124,6 +125,7 @@ def low_shot(
     if begin(out, stage="lowshot", config=config, inputs=inputs):
         log.info("lowshot: %s is current", out)
         return LowShot.open(out)
+    _require_room(out, images, background, features, config)
     for name, made in images.items():
         save_images(out / name, made)
         _write_pools(out, made, background[name], features, config)
@@ -186,6 +188,22 @@ def _background_ids(
                 f"the method out."
             )
     return found
+
+
+def _require_room(
+    out: Path,
+    images: Mapping[str, SetupImages],
+    background: Mapping[str, Array],
+    features: Features,
+    config: LowShotConfig,
+) -> None:
+    """Raise ArtifactError unless the disk has room for the rows and lists of the shared nodes."""
+    row, lists = features.array.shape[1] * 4, (config.k - 1) * 8
+    others = sum(len(Embeddings.open(folder.path)) for folder in config.background.folders)
+    others *= "diffusion_background" in config.methods
+    nodes = {name: len(made.base) + len(background[name]) for name, made in images.items()}
+    wanted = sum(n * (row + 2 * lists) + others * 2 * lists for n in nodes.values())
+    require_disk(out, size_bytes=wanted)
 
 
 def _require_same_space(features: Features, path: Path) -> None:
