@@ -17,7 +17,9 @@ from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
 from selfsup_ray.stages.lowshot import LowShot, low_shot
 from selfsup_ray.stages.lowshot_config import LowShotConfig
 from selfsup_ray.stages.lowshot_data import SetupImages, held_out, images_of_setups
+from selfsup_ray.stages.reduce import ReduceConfig, reduce
 
+HERE = Resources(workers=0)
 C, PER_CLASS, DIM = 12, 30, 8
 BOTH = ["diffusion", "diffusion_background"]
 SETTINGS: dict[str, Any] = {
@@ -213,8 +215,27 @@ def test_a_graph_that_does_not_fit_its_background_is_refused(tmp_path: Path, fea
         (9, features, "has 360 images, but .* has 300 rows"),
         (4, other, r"keeps 4 neighbors, fewer than the 5 that lowshot.k=6 needs"),
     ):
-        config = GraphConfig(k=k, resources=Resources(workers=0))
+        config = GraphConfig(k=k, resources=HERE)
         graph = build_graph(source, config, out=tmp_path / f"graph{k}")
         folders = {"background.folders": [{"path": str(other.path), "graph": str(graph.path)}]}
         with pytest.raises(ConfigError, match=message):
             low_shot(features, labels, settings(**folders), out=tmp_path / "lowshot")
+
+
+def test_a_background_must_have_gone_through_the_same_reduction(
+    tmp_path: Path, features: Embeddings
+):
+    rows, labels = mixture()
+    own = reduce(features, ReduceConfig(dim=4, resources=HERE), out=tmp_path / "own")
+    other = write_embeddings(tmp_path / "other", rows[100:].copy())
+    apart = reduce(other, ReduceConfig(dim=4, resources=HERE), out=tmp_path / "apart")
+    same = ReduceConfig(dim=4, transform=own.path, resources=HERE)
+    together = reduce(other, same, out=tmp_path / "together")
+    small = {"methods": ["diffusion_background"], "shots": [1], "seeds": [1]}
+    for background in (apart, other):
+        changes = {**small, "background.folders": [{"path": str(background.path)}]}
+        with pytest.raises(ConfigError, match=r"made by another reduction"):
+            low_shot(own, labels, settings(**changes), out=tmp_path / "lowshot")
+    changes = {**small, "background.folders": [{"path": str(together.path)}]}
+    made = low_shot(own, labels, settings(**changes), out=tmp_path / "lowshot")
+    assert len(np.load(made.path / "test" / "background" / "images.npy")) > len(together)
