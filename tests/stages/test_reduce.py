@@ -1,5 +1,8 @@
 """The reduce stage: scikit-learn's components, the same bytes however it is run."""
 
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import faiss
@@ -120,6 +123,31 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     before = reduced.array.shard_path(0).stat().st_mtime_ns
     assert made_bytes(reduce(features, config, out=out)) == made_bytes(whole)
     assert reduced.array.shard_path(0).stat().st_mtime_ns == before
+
+
+def test_a_run_killed_between_shards_continues_to_the_same_bytes(
+    tmp_path: Path, features: Embeddings
+):
+    config, out = ReduceConfig(dim=4, resources=HERE), tmp_path / "part"
+    whole = reduce(features, config, out=tmp_path / "whole")
+
+    def killed() -> None:
+        write = stage._reduce_shard
+
+        def dies(source: Path, folder: Path, threads: int, shard: int) -> None:
+            if shard == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(source, folder, threads, shard)
+
+        stage._reduce_shard = dies
+        reduce(features, config, out=out)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list((out / "rows").glob("*.npy"))) == 2
+    assert made_bytes(reduce(features, config, out=out)) == made_bytes(whole)
 
 
 def test_the_graph_takes_what_reduce_makes(tmp_path: Path, features: Embeddings):
