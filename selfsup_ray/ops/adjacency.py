@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array, ShardedArray, whole_file
+if TYPE_CHECKING:
+    from selfsup_ray.artifacts import Array, ShardedArray
 
 _CHUNK_ROWS = 65536
 _BLOCK_LINKS = (1 << 10, 1 << 18)
@@ -109,7 +110,7 @@ class Links:
         Lists in memory come in the order that is asked for, which keeps what follows close
         together; lists in files come as they are there.
         """
-        order = None if isinstance(self.ids, ShardedArray) else order
+        order = order if isinstance(self.ids, np.ndarray) else None
         for first, ids, similarity in self._shards():
             for start in range(0, len(ids), _CHUNK_ROWS):
                 stop = min(start + _CHUNK_ROWS, len(ids))
@@ -123,11 +124,11 @@ class Links:
     def _shards(self) -> Iterator[tuple[int, Array, Array | None]]:
         values = None if self.least is None else self.similarity
         assert values is not None or self.least is None, "a least similarity needs similarities"
-        if not isinstance(self.ids, ShardedArray):
+        if isinstance(self.ids, np.ndarray):
             yield 0, self.ids, None if values is None else np.asarray(values)
             return
         for i in range(self.ids.num_shards):
-            shard = values.shard(i) if isinstance(values, ShardedArray) else None
+            shard = None if values is None or isinstance(values, np.ndarray) else values.shard(i)
             yield int(self.ids.offsets[i]), self.ids.shard(i), shard
 
 
@@ -192,6 +193,8 @@ def write_adjacency(
 
     The lists are read twice for each part of the rows that `memory_bytes` holds.
     """
+    from selfsup_ray.artifacts import whole_file
+
     if not (folder / "ids.npy").exists():
         how = _How(self_link=True, reciprocal=reciprocal, threads=threads)
         rows = max(1, memory_bytes // (24 * links.k + 32))
@@ -217,6 +220,8 @@ def save_adjacency(folder: Path, made: Adjacency) -> None:
 
 
 def _save(folder: Path, **arrays: Array | None) -> None:
+    from selfsup_ray.artifacts import whole_file
+
     for name, value in arrays.items():
         if value is not None:
             with whole_file(folder / f"{name}.npy") as path, open(path, "wb") as file:

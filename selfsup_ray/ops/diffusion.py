@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array, ShardedArray
 from selfsup_ray.ops.adjacency import (
     Adjacency,
     Links,
@@ -24,6 +23,9 @@ from selfsup_ray.ops.adjacency import (
     traversal_order,
 )
 from selfsup_ray.ops.spreading import Spread, Variant
+
+if TYPE_CHECKING:
+    from selfsup_ray.artifacts import Array, ShardedArray
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def make_adjacency(
 
     Without an order, large graphs get one of their own.
     """
-    if order is None and not isinstance(ids, ShardedArray):
+    if order is None and isinstance(ids, np.ndarray):
         order = traversal_order(ids)
     if options.is_constant:
         links = Links(ids, similarity, options.min_similarity)

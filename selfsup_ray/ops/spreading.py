@@ -7,11 +7,12 @@ the bits of a column do not depend on the others, nor on the number of threads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array
+if TYPE_CHECKING:
+    from selfsup_ray.artifacts import Array
 
 
 @dataclass(frozen=True)

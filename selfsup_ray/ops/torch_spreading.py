@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.adjacency import Adjacency
 from selfsup_ray.ops.spreading import Seeds, Variant
+
+if TYPE_CHECKING:
+    from selfsup_ray.artifacts import Array
 
 GATHERED_BYTES = 2**28
 """Of neighbor rows that are read at once."""

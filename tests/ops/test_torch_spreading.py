@@ -1,5 +1,8 @@
 """Diffusion by torch alone: the same as the kernels, on a graph made with and without numba."""
 
+import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -76,6 +79,24 @@ def test_the_order_of_a_traversal_holds_every_image_once_and_neighbors_close(k: 
         gaps = np.abs(place[ids] - place[:, None])[ids >= 0]
         assert np.median(gaps) < 100 < np.median(np.abs(ids - np.arange(20_000)[:, None]))
     assert traversal_order(ids) is None
+
+
+def test_torch_and_numpy_are_all_that_diffusion_needs():
+    code = (
+        "import sys\n"
+        "absent = ['numba', 'llvmlite', 'scipy', 'sklearn', 'ray', 'faiss', 'yaml', 'pydantic']\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"
+        "from selfsup_ray.ops import diffusion\n"
+        "import numpy as np\n"
+        "ids = np.array([[1], [2], [0], [0]], np.int32)\n"
+        "seeds, tests = np.array([0, 1, -1, -1]), np.arange(4)[:, None]\n"
+        "steps = list(diffusion.diffuse_scores(ids, seeds, tests, num_classes=2, niter=2))\n"
+        "print(np.round(steps[2], 6).tolist())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    rows = [[0.259832, 0.239791], [0.228679, 0.377932], [0.228679, 0.312772], [0.28281, 0.069505]]
+    np.testing.assert_allclose(json.loads(found.stdout), rows, atol=2e-6)
 
 
 @pytest.mark.parametrize(
