@@ -14,9 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from selfsup_ray.artifacts import Array, ShardedArray, read_json, whole_file, write_json
+from selfsup_ray.artifacts import (
+    Array,
+    ShardedArray,
+    read_json,
+    require_disk,
+    whole_file,
+    write_json,
+)
 from selfsup_ray.ops.exact_graph import (
     Candidates,
     Rows,
@@ -35,6 +41,7 @@ GROUP_BYTES = 300 * 2**20
 """Memory of one group's rows and candidates while it is joined; two are in memory at once."""
 
 _READ_ROWS = 16384
+_ENTRY_BYTES = 50  # on disk for a neighbor: three to four candidates, and the settled list
 Pair = tuple[int, int]
 
 
@@ -54,10 +61,11 @@ class AllPairs:
     def begin(cls, array: ShardedArray, folder: Path, *, k: int, parts: int) -> AllPairs:
         """Return the plan for `parts` workers; a folder that holds one is continued as it is.
 
-        Raises ArtifactError when a row is not finite.
+        Raises ArtifactError when a row is not finite, or the disk too small.
         """
         path, plan = array.path.resolve(), folder.resolve() / "plan.json"
         if not plan.exists():
+            require_disk(folder, size_bytes=_ENTRY_BYTES * len(array) * (k + 1))
             order, starts = group_by_hash(_hashes(array), array.rows)
             if len(starts) - 1 < len(array):
                 _save(folder / "members.npy", order)
@@ -250,6 +258,8 @@ def _hashes(array: ShardedArray) -> Array:
 
 def _one_thread() -> None:
     """Let torch use this thread alone: several steps run beside each other."""
+    import torch
+
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
 

@@ -9,13 +9,17 @@ is that of `exact_topk`, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, pair_similarity
+
+if TYPE_CHECKING:  # the search imports this module in every worker, and few of them need torch
+    import torch
 
 TILE_ROWS, TILE_COLUMNS = 512, 1024  # bfloat16 scores of a tile: 1 MB, half of an L2 cache
 _OPEN_SHARE = 0.1  # of a group's rows; when more cannot be told apart, float32 scores are formed
@@ -37,6 +41,8 @@ class Candidates:
 
 def multiplies_bfloat16() -> bool:
     """Return whether this CPU has instructions for products of bfloat16 numbers."""
+    import torch
+
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
@@ -56,6 +62,8 @@ class Rows:
     def rounded(self) -> tuple[torch.Tensor, float]:
         """The rows in bfloat16, and the largest distance between a row and its rounding."""
         if self._rounded is None:
+            import torch
+
             exact = torch.from_numpy(self.rows)
             near = exact.bfloat16()
             worst = 0.0
@@ -120,6 +128,8 @@ class _Scores:
     """
 
     def __init__(self, a: Rows, b: Rows, *, bfloat16: bool) -> None:
+        import torch
+
         dim, norms = a.rows.shape[1], a.norm * b.norm
         # A float32 sum of d products in any order (Higham 2002, sec. 3.1), twice for good measure.
         self.error = 2 * (dim + 2) * 2.0**-24 * norms
@@ -147,6 +157,8 @@ class _Scores:
 
     def tile(self, r: int, c: int, height: int, width: int) -> Array:
         """Return the scores of rows [r, r + height) and columns [c, c + width) as integers."""
+        import torch
+
         full = height == TILE_ROWS and width == TILE_COLUMNS
         out = self.out if full else torch.empty(height, width, dtype=self.x.dtype)
         torch.mm(self.x[r : r + height], self.y[c : c + width].T, out=out)
@@ -238,22 +250,29 @@ def sure_similarity(found: Candidates, k: int) -> Array:
 
 
 def pair_similarities(queries: Rows, rows: Rows, i: Array, j: Array) -> Array:
-    """Return (m,) float32: the similarity of queries i and rows j, as `pair_similarity` has it.
-
-    A float64 sum in any order gives the same float32, unless it falls on the border of two; those
-    few are summed as defined.
-    """
+    """Return (m,) float32: the similarity of queries i and rows j, as `pair_similarity` has it."""
     from selfsup_ray.ops.pair_kernels import pair_products
 
     wide = np.empty(len(i))
     pair_products(queries.rows, rows.rows, i, j, wide)
-    error = 4 * queries.rows.shape[1] * np.finfo(np.float64).eps * queries.norm * rows.norm
+
+    def exact(at: Array) -> Array:
+        return pair_similarity(queries.rows[i[at]], rows.rows[j[at]][:, None])[:, 0]
+
+    return rounded(wide, dim=queries.rows.shape[1], norms=queries.norm * rows.norm, exact=exact)
+
+
+def rounded(wide: Array, *, dim: int, norms: float, exact: Callable[[Array], Array]) -> Array:
+    """Return float64 products (m,), summed in any order, as the float32 of the defined order.
+
+    norms: no product of two lengths is greater. A sum on the border of two float32 numbers is
+    taken from exact(places), as `pair_similarity` defines it; there are few.
+    """
+    error = 4 * dim * np.finfo(np.float64).eps * norms
     similarity = wide.astype(np.float32)
     border = np.flatnonzero((wide - error).astype(np.float32) != (wide + error).astype(np.float32))
     for t in range(0, len(border), 65536):
-        at = border[t : t + 65536]
-        pairs = pair_similarity(queries.rows[i[at]], rows.rows[j[at]][:, None])
-        similarity[at] = pairs[:, 0]
+        similarity[border[t : t + 65536]] = exact(border[t : t + 65536])
     return similarity
 
 

@@ -27,6 +27,7 @@ from selfsup_ray.ops.approximate import (
     set_search,
     set_threads,
 )
+from selfsup_ray.ops.exact_graph import rounded
 from selfsup_ray.ops.index import NO_ID, EqualRows, finite_norms, group_equal_rows, padded
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, merge_neighbors, pair_similarity
 
@@ -145,8 +146,9 @@ class ApproximateShard:
         start, stop = files.bounds(piece)
         rows = self.rows.read(np.arange(start, stop))
         order, starts = group_equal_rows(rows)
-        _save(path.with_suffix(".members.npy"), self.rows.ids(order + start))
-        _save(path.with_suffix(".starts.npy"), starts)
+        norm = np.linalg.norm(rows.astype(np.float64), axis=1).max(initial=0)
+        with whole_file(path.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+            np.savez(file, members=self.rows.ids(order + start), starts=starts, norm=norm)
         if len(starts) - 1 < len(rows):  # equal rows are held once
             rows = rows[order[starts[:-1]]]
         match files.recipe:
@@ -210,26 +212,14 @@ class ApproximateShard:
         rotated = queries if self.trained is None else self.trained.rotated(queries)
         found = candidates(piece.index, rotated, count, probes)
         lists = min(k, len(piece.equal))
-        best = [
-            self._settled(piece, queries[i : i + 64], found[i : i + 64], lists)
-            for i in range(0, len(queries), 64)  # what is gathered at once stays in the cache
-        ]
-        empty = Neighbors(np.empty((0, lists), np.int64), np.empty((0, lists), np.float32))
-        groups = Neighbors(
-            np.concatenate([part.ids for part in best or [empty]]),
-            np.concatenate([part.similarity for part in best or [empty]]),
-        )
-        size = min(k, len(piece.equal.members))
-        return padded(piece.equal.expand(groups, size), size)
-
-    def _settled(self, piece: Piece, queries: Array, found: Array, k: int) -> Neighbors:
-        """Return the best k of the candidates by exact similarity, as groups of the piece."""
         is_row = found >= 0
         ids = piece.first_ids[np.where(is_row, found, 0)]
-        rows = self.rows.by_id(ids.ravel()).reshape(*ids.shape, -1)
-        similarity = pair_similarity(queries, rows)
+        similarity = self.rows.similarity(queries, ids, norm=piece.norm)
         similarity[~is_row] = -np.inf
-        return merge_neighbors([Neighbors(np.where(is_row, found, NO_ID), similarity)], k=k)
+        rows = Neighbors(np.where(is_row, found, NO_ID), similarity)
+        groups = merge_neighbors([rows], k=lists)
+        size = min(k, len(piece.equal.members))
+        return padded(piece.equal.expand(groups, size), size)
 
 
 class Piece:
@@ -238,9 +228,10 @@ class Piece:
     def __init__(self, files: PieceFiles, piece: int, *, gpu: bool) -> None:
         path = files.index_file(piece)
         self.index: Any = load_index(path, gpu=gpu)
-        members = np.load(path.with_suffix(".members.npy"))
-        self.equal = EqualRows(members, np.load(path.with_suffix(".starts.npy")))
-        self.first_ids: Array = members[self.equal.starts[:-1]]
+        with np.load(path.with_suffix(".npz")) as stored:
+            self.equal = EqualRows(stored["members"], stored["starts"])
+            self.norm = float(stored["norm"])  # of the longest row
+        self.first_ids: Array = self.equal.members[self.equal.starts[:-1]]
 
 
 class StoredRows:
@@ -261,6 +252,30 @@ class StoredRows:
         finite_norms(rows, self.array.path, ids)
         return rows
 
+    def similarity(self, queries: Array, ids: Array, *, norm: float) -> Array:
+        """Return the (n, m) similarity of queries (n, d) to rows ids (n, m), as it is defined.
+
+        norm: no row is longer. Rows are read where they are mapped, not gathered first.
+        """
+        from selfsup_ray.ops.pair_kernels import pair_products
+
+        rows, wide = ids.ravel(), np.empty(ids.size)
+        asking = np.repeat(np.arange(len(ids)), ids.shape[1])
+        owner = np.searchsorted(self.array.offsets, rows, side="right") - 1
+        for i in np.unique(owner):
+            here, part = np.flatnonzero(owner == i), self._map(int(i))
+            products = np.empty(len(here))
+            local = rows[here] - self.array.offsets[i]
+            pair_products(queries, part, asking[here], local, products)
+            wide[here] = products
+
+        def exact(at: Array) -> Array:
+            return pair_similarity(queries[asking[at]], self.by_id(rows[at])[:, None])[:, 0]
+
+        longest = float(np.linalg.norm(queries.astype(np.float64), axis=1).max(initial=0))
+        how = {"dim": queries.shape[1], "norms": longest * norm}
+        return rounded(wide, **how, exact=exact).reshape(ids.shape)
+
     def by_id(self, ids: Array) -> Array:
         """Return the rows (n, d) of ids (n,)."""
         if self.array.num_shards == 1:
@@ -274,7 +289,7 @@ class StoredRows:
 
     def _map(self, i: int) -> Array:
         if i not in self.maps:
-            self.maps[i] = self.array.shard(i)
+            self.maps[i] = np.asarray(self.array.shard(i))
         return self.maps[i]
 
 
@@ -284,8 +299,3 @@ def _queries(path: Path, start: int, stop: int) -> Array:
     queries = ShardedArray.open(path).rows(ids)
     finite_norms(queries, path, ids)
     return queries
-
-
-def _save(path: Path, rows: Array) -> None:
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows)
