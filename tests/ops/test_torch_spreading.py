@@ -3,13 +3,21 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from selfsup_ray.artifacts import ShardedArray
 from selfsup_ray.ops import adjacency
-from selfsup_ray.ops.adjacency import Adjacency, Links, build_adjacency, traversal_order
+from selfsup_ray.ops.adjacency import (
+    Adjacency,
+    Links,
+    build_adjacency,
+    traversal_order,
+    write_adjacency,
+)
 from selfsup_ray.ops.cpu_spreading import CpuSpread
 from selfsup_ray.ops.spreading import Variant
 from selfsup_ray.ops.torch_spreading import TorchSpread
@@ -61,6 +69,26 @@ def test_torch_and_numba_make_the_rows_of_slow_loops(
     assert rows_of(made) == wanted
     monkeypatch.setattr(adjacency, "has_numba", lambda: False)
     assert rows_of(build_adjacency(Links(ids), order=order, reciprocal=reciprocal)) == wanted
+
+
+def test_rows_written_in_parts_from_files_are_those_made_in_memory(tmp_path: Path):
+    ids, order = lists(), np.random.default_rng(2).permutation(N)
+    similarity = np.random.default_rng(3).random(ids.shape).astype(np.float32)
+    stored = []
+    for name, values in (("ids", ids), ("similarity", similarity)):
+        array = ShardedArray.create(
+            tmp_path / name, shard_rows=[500, 0, 400], row_shape=(7,), dtype=values.dtype.name
+        )
+        for i, part in enumerate(np.split(values, [500, 500])):
+            array.write_shard(i, part)
+        stored.append(array)
+    made = build_adjacency(Links(np.where(similarity < 0.3, -1, ids)), order=order)
+    links = Links(*stored, least=0.3)
+    how: dict[str, Any] = {"order": order, "threads": 2, "memory_bytes": 200 * (24 * 7 + 32)}
+    for _ in range(2):  # the second call finds the files
+        found = write_adjacency(tmp_path / "adjacency", links, **how)
+        for name in ("indptr", "ids", "twice", "order"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(made, name))
 
 
 @pytest.mark.parametrize("k", [0, 7])
