@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfsup_ray.config import Resources
+from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.data.views import Views, ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, build_backbone
@@ -24,9 +25,6 @@ from selfsup_ray.training import TrainConfig
 
 GPU_FLOPS = 30e12
 """Multiplications and additions a second that a data-centre GPU reaches on ResNets in bfloat16."""
-SEARCH_FLOPS = 60e9
-"""The same for exact neighbor search on one CPU core in float32 (faiss; 60 to 80 measured)."""
-GPU_SEARCH_FLOPS = 5e12
 LINKS_PER_NEIGHBOR = 1.45
 """Links of an image for each neighbor it lists, once every link goes both ways."""
 LINK_CLASSES_PER_S = 5e9
@@ -295,14 +293,14 @@ def _reduce(e: Experiment, n: int) -> Cost:
 
 
 def _graph(e: Experiment, n: int) -> Cost:
-    assert e.pretext is not None and e.ingest is not None and e.graph is not None
+    assert e.graph is not None
     ask, dim = e.graph.resources, _searched_dim(e)
-    speed = GPU_SEARCH_FLOPS * ask.gpus if ask.gpus else SEARCH_FLOPS * ask.cpus
+    made = graph_cost(e.graph.method, n=n, dim=dim, k=e.graph.k, resources=ask)
     return Cost(
-        memory_bytes=WORKER_BYTES + n * dim * 4 // max(ask.workers, 1),
-        disk_bytes=n * e.graph.k * 8,
-        seconds=2.0 * n * n * dim / (speed * max(ask.workers, 1)),
-        assumes=f"every pair compared, d={dim} at most, {speed / 1e9:.0f} GFLOP/s a worker",
+        memory_bytes=WORKER_BYTES + made.memory_bytes,
+        disk_bytes=made.disk_bytes,
+        seconds=made.seconds,
+        assumes=made.assumes,
     )
 
 

@@ -17,7 +17,17 @@ LEVELS = {
     "cluster": 2,
     "stages": 3,
     **dict.fromkeys(
-        ["experiment", "steps", "costs", "planning", "pipeline", "sweeping", "report"], 4
+        [
+            "experiment",
+            "steps",
+            "costs",
+            "costs_graph",
+            "planning",
+            "pipeline",
+            "sweeping",
+            "report",
+        ],
+        4,
     ),
     **dict.fromkeys(["report_clusters", "report_confusion", "report_html", "report_images"], 4),
     **dict.fromkeys(["report_lowshot", "report_run", "report_scores", "report_sections"], 4),
