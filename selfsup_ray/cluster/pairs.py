@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,21 @@ def write_all_pairs(
     """
     parts = threads * max(1, len(actors))
     pairs = AllPairs.begin(array, _between(ids), k=ids.shape[1], parts=parts)
-    for step, todo in ((run_joins, pairs.missing_joins), (run_settles, pairs.missing_lists)):
-        batches = [todo[i : i + threads] for i in range(0, len(todo), threads)]
-        log.info("graph: %s, %d of %d groups' steps", step.__name__, len(todo), pairs.num_groups)
-        for _ in _share(step, pairs, batches, actors=actors, threads=threads):
-            pass
+    how: dict[str, Any] = {"actors": actors, "threads": threads}
+    joins = _batches(pairs.missing_joins, threads)
+    log.info("graph: %d groups of rows, joined in %d steps", pairs.num_groups, len(joins))
+    deque(_share(run_joins, pairs, joins, **how), maxlen=0)
+    deque(_share(run_settles, pairs, _batches(pairs.missing_lists, threads), **how), maxlen=0)
     out = (ids.path.resolve(), similarity.path.resolve())
     shards = [(i, *out) for i in missing]
-    for i, *_ in _share(_write, pairs, shards, actors=actors, threads=threads):
+    for i, *_ in _share(_write, pairs, shards, **how):
         yield i
     pairs.remove()
+
+
+def _batches(parts: list[Any], size: int) -> list[list[Any]]:
+    """Return the parts, as many in a batch as one worker has threads."""
+    return [parts[i : i + size] for i in range(0, len(parts), size)]
 
 
 def _share(

@@ -110,15 +110,18 @@ def test_all_pairs_at_once_give_the_same_lists(
     monkeypatch.setattr(all_pairs, "GROUP_BYTES", 90 * (6 * 24 + 8 * (3 * K + 35)))
     array = stored(tmp_path / "rows", rows_with_duplicates(), [30] * 10)
     ids, similarity = outputs(tmp_path, array)
-    steps = []
-    share = pairs._share
-    monkeypatch.setattr(pairs, "_share", lambda *a, **k: steps.append(a[0]) or share(*a, **k))
+    steps, share = [], pairs._share
+
+    def watched(step, *args, actors, threads):
+        steps.append(step)
+        for i, part in enumerate(share(step, *args, actors=actors, threads=threads)):
+            if i == 0:
+                ray_kill(actors)  # while the next part runs
+            yield part
+
+    monkeypatch.setattr(pairs, "_share", watched)
     with Search(array, Resources(workers=workers)) as search:
-        killed = False
-        for _ in search.write_lists(ids, similarity):
-            if workers and not killed:
-                ray_kill(search.actors)
-                killed = True
+        assert sorted(search.write_lists(ids, similarity)) == list(range(10))
     assert len(steps) == 3  # joins, lists, shards
     np.testing.assert_array_equal(np.asarray(ids), slow_lists(rows_with_duplicates()))
     assert not (tmp_path / "pairs").exists()
