@@ -26,6 +26,7 @@ class StoredGraph:
 
     path: Path
     ids: Array
+    similarity_path: Path
     similarity: Array
 
     @property
@@ -71,7 +72,7 @@ def open_graph(
         raise ArtifactError(f"{similarity} has {len(values):,} rows of {k}, {path} {len(ids):,}.")
     if columns is not None and not 0 < columns <= k:
         raise ArtifactError(f"{path} holds {k} neighbors a row; {columns} of them are asked for.")
-    return StoredGraph(path, ids[:, :columns], values[:, :columns])
+    return StoredGraph(path, ids[:, :columns], similarity, values[:, :columns])
 
 
 def _similarity_of(path: Path) -> Path:

@@ -54,7 +54,7 @@ class ImportGraphConfig:
     k: Positive | None = None
     """Entries of a row in the file, the image itself included; None reads it from the name."""
     columns: Positive | None = None
-    """Only the first that many entries of each row."""
+    """Only the first that many entries of each row, the nearest; at least 2."""
     shard_rows: Positive = 65_536
     """Rows of a shard, unless `features` gives its own."""
     recall_sample: Positive = 1000
@@ -78,7 +78,7 @@ def import_features(
     """
     config, out, began = config or ImportFeaturesConfig(), Path(out), time.monotonic()
     files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    inputs = {"files": sampled_digest(files)}
+    inputs = {"source": sampled_digest(files)}
     if begin(out, stage="embed", config=config, inputs=inputs):
         return Embeddings.open(out)
     n, dim = open_rows(files, dim=config.dim, num_rows=config.rows).shape
@@ -152,12 +152,13 @@ def import_graph(
     opened = partial(
         open_graph, path.absolute(), k=config.k, similarity=similarity, columns=config.columns
     )
-    n, k = opened().shape
+    stored = opened()
+    n, k = stored.shape
     if k < 2:
         raise ArtifactError(f"{path} lists {k} image a row, itself included: no neighbor is left.")
     if features is not None and len(features.array) != n:
         raise ArtifactError(f"{path} has {n:,} rows, the features {len(features.array):,}.")
-    inputs = {"file": sampled_digest([path])}
+    inputs = {"source": sampled_digest([stored.path, stored.similarity_path])}
     if features is not None:
         inputs["features"] = features.fingerprint
     if begin(out, stage="graph", config=config, inputs=inputs):

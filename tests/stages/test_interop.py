@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsTransformer, kneig
 
 from selfsup_ray.artifacts import ShardedArray, begin, finish
 from selfsup_ray.config import Resources
+from selfsup_ray.data.published import write_feature_block, write_rows
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
@@ -249,9 +250,18 @@ def test_an_interrupted_import_keeps_its_shards(tmp_path: Path):
     import_graph(path, config, out=out)
     assert {p: p.read_bytes() for p in out.rglob("*.npy")} == whole
     assert graph.ids.shard_path(0).stat().st_mtime_ns == before
-    path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(ArtifactError, match="was built from another file"):
+    values = path.with_name(f"ndis{N}_k12_D_11.float12")
+    values.write_bytes(values.read_bytes()[::-1])
+    with pytest.raises(ArtifactError, match="was built from another source"):
         import_graph(path, config, out=out)
+
+
+def test_fewer_columns_are_the_nearest_and_one_is_none(tmp_path: Path):
+    path, ids = published(tmp_path, 32)
+    graph = import_graph(path, ImportGraphConfig(columns=6), out=tmp_path / "six")
+    np.testing.assert_array_equal(np.asarray(graph.ids), ids[:, 1:6])
+    with pytest.raises(ArtifactError, match="lists 1 image a row, itself included"):
+        import_graph(path, ImportGraphConfig(columns=1), out=tmp_path / "one")
 
 
 def test_imported_features_are_unit_rows_in_order(tmp_path: Path, ray_session: None):
@@ -268,6 +278,8 @@ def test_imported_features_are_unit_rows_in_order(tmp_path: Path, ray_session: N
     config = ImportFeaturesConfig(dim=4, normalize=False)
     found = import_features(tmp_path / "a.float32", config, out=tmp_path / "raw")
     np.testing.assert_array_equal(np.asarray(found.array), rows)
+    write_rows(tmp_path / "again", found.array)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "a.float32").read_bytes()
     rows[33, 1] = np.inf
     rows.tofile(tmp_path / "b.float32")
     with pytest.raises(ArtifactError, match="row 33 holds a number that is not finite"):
@@ -276,8 +288,6 @@ def test_imported_features_are_unit_rows_in_order(tmp_path: Path, ray_session: N
 
 def test_imported_blocks_bring_their_labels_and_an_index_its_vectors(tmp_path: Path):
     import faiss
-
-    from selfsup_ray.data.published import write_feature_block
 
     write_feature_block(tmp_path / "block0.h5", ROWS[:90], LABELS[:90], batch=64)
     write_feature_block(tmp_path / "block1.h5", ROWS[90:], LABELS[90:], batch=64)
