@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from selfsup_ray.artifacts import Array, ShardedArray
 
 _CHUNK_ROWS = 65536
+_SORTED_BYTES = 16 * 2**30
+"""Of memory for the pairs that torch sorts at once."""
 _BLOCK_LINKS = (1 << 10, 1 << 18)
 """Least and most links of a block of rows: what threads share, and one float64 partial sum."""
 _BLOCKS = 64
@@ -164,14 +166,17 @@ def build_adjacency(
     self_link: bool = True,
     reciprocal: bool = False,
     threads: int = 1,
+    device: str = "cpu",
 ) -> Adjacency:
     """Return the rows of A + A^T (A o A^T with `reciprocal`) of neighbor lists.
 
     A list counts an id once, and the node itself as `self_link` says. order: (N,) image at each
     place, for gathers that stay close. Peak memory: about 24 k bytes a node.
+    Without numba torch makes the rows, on `device`.
     """
-    how = _How(self_link=self_link, reciprocal=reciprocal, threads=threads)
-    parts = list(_all_rows(links, order, how, len(links)))
+    how = _How(self_link, reciprocal, threads, "cpu" if has_numba() else device)
+    rows = len(links) if has_numba() else _SORTED_BYTES // (160 * max(links.k, 1))
+    parts = list(_all_rows(links, order, how, rows))
     empty = np.empty(0, np.int32)
     ids, lengths, twice = (
         np.concatenate([getattr(part, name) for part in parts] or [empty])
@@ -196,7 +201,7 @@ def write_adjacency(
     from selfsup_ray.artifacts import whole_file
 
     if not (folder / "ids.npy").exists():
-        how = _How(self_link=True, reciprocal=reciprocal, threads=threads)
+        how = _How(True, reciprocal, threads, "cpu")
         rows = max(1, memory_bytes // (24 * links.k + 32))
         counts: list[Rows] = []
         with whole_file(folder / "ids.npy") as path:
@@ -243,6 +248,7 @@ class _How:
     self_link: bool
     reciprocal: bool
     threads: int
+    device: str
 
 
 def _all_rows(links: Links, order: Array | None, how: _How, rows: int) -> Iterator[Rows]:
@@ -294,10 +300,10 @@ def _torch_rows(
     """The same rows by sorting pairs of places as one 64-bit key each."""
     import torch
 
-    n, at, keys = len(links), torch.from_numpy(place).long(), []
+    n, at, keys = len(links), torch.from_numpy(place).to(how.device).long(), []
     for images, lists in links.blocks(None):
-        other = torch.from_numpy(lists).long()
-        image = torch.from_numpy(images).long()[:, None].expand_as(other)
+        other = torch.from_numpy(lists).to(how.device).long()
+        image = torch.from_numpy(images).to(how.device).long()[:, None].expand_as(other)
         is_link = (other >= 0) & (other != image)
         p, q = at[image[is_link]], at[other[is_link]]
         own = torch.unique(p * n + q)  # a list that holds an id twice
@@ -306,7 +312,7 @@ def _torch_rows(
             here = (a >= low) & (a < high)
             keys.append(a[here] * n + b[here])
     if how.self_link:
-        itself = torch.arange(low, high)
+        itself = torch.arange(low, high, device=how.device)
         keys += [itself * n + itself] * 2
     links_, counts = torch.unique(torch.cat(keys), return_counts=True)
     if how.reciprocal:
@@ -315,4 +321,4 @@ def _torch_rows(
     by_weight = torch.sort(row * 2 + (counts < 2).long(), stable=True).indices
     lengths = torch.bincount(row, minlength=high - low)
     twice = torch.bincount(row[counts == 2], minlength=high - low)
-    yield Rows(*(t.int().numpy() for t in (column[by_weight], lengths, twice)))
+    yield Rows(*(t.int().cpu().numpy() for t in (column[by_weight], lengths, twice)))

@@ -130,7 +130,9 @@ def diffuse_scores(
     they only receive. order: (N,) node at each place of an order in which neighbors are close.
     """
     options = options or DiffusionOptions()
-    graph = make_adjacency(ids, similarity, order=order, threads=threads, options=options)
+    graph = make_adjacency(
+        ids, similarity, order=order, threads=threads, device=device, options=options
+    )
     place, seeds = graph.place, np.asarray(seeds)
     near = np.asarray(test_ids)
     if place is not None:
@@ -159,6 +161,7 @@ def make_adjacency(
     order: Array | None,
     threads: int,
     options: DiffusionOptions,
+    device: str = "cpu",
 ) -> Adjacency:
     """Return the rows of B in memory, with values only where the options ask for weights.
 
@@ -168,7 +171,9 @@ def make_adjacency(
         order = traversal_order(ids)
     if options.is_constant:
         links = Links(ids, similarity, options.min_similarity)
-        return build_adjacency(links, order=order, reciprocal=options.reciprocal, threads=threads)
+        return build_adjacency(
+            links, order=order, reciprocal=options.reciprocal, threads=threads, device=device
+        )
     return weighted_adjacency(
         np.asarray(ids),
         None if similarity is None else np.asarray(similarity),
