@@ -97,7 +97,7 @@ class DiffuseConfig:
     of a graph that no node can hold."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How labels are stored between steps; sums are float32 and float64 either way. `bfloat16`
-    takes half the memory; scores are off by 0.3 % of the class's largest."""
+    takes half the memory; scores are off by up to 0.5 % of the class's largest."""
     operator: OperatorConfig = OperatorConfig()
     sample: Positive = 10_000
     """Images that entropy and coverage of every step are measured on."""
