@@ -147,7 +147,7 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
     rows = made_rows(args.images, args.dim, seed=0)
-    with tempfile.TemporaryDirectory() as folder, session(num_cpus=max(2, *args.workers, 1)):
+    with tempfile.TemporaryDirectory() as folder, session(num_cpus=max(1, sum(args.workers))):
         ways: dict[str, Any] = {"faiss.knn": Faiss(rows, args.k)}
         for workers in args.workers:
             name = f"{workers} actors" if workers else "one process"
