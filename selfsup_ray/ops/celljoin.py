@@ -20,7 +20,7 @@ from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all,
 
 _TILE_ROWS = (64, 128, 256, 512, 1024)  # few shapes: each costs oneDNN a kernel
 _TILE_COLUMNS = (128, 256, 384, 512, 768, 1024)
-_PROBE_CELLS = 256  # nearest cells of a cell among which its rows choose their own
+_PROBE_CELLS = 192  # nearest cells of a cell among which its rows choose their own
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def join(
     if start == stop:
         return Neighbors(np.empty((0, k), np.int64), np.empty((0, k), np.float32)), np.empty(0, int)
     queries = torch.from_numpy(np.array(cells.rows[start:stop]))
-    candidates = empty_candidates(stop - start, max(2 * keep, keep + 64))
+    candidates = empty_candidates(stop - start, keep + 40)
     narrow, tiles = queries.bfloat16(), _Tiles(queries.shape[1])
     wanted = probe(cells, narrow, start, probes=probes)
     # A row's own list first: what is found there leaves little to keep of the others.

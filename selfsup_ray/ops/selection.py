@@ -56,6 +56,23 @@ def prune(keys: Any, ids: Any, used: Any, keep: int) -> Any:
 
 
 @njit(nogil=True, cache=True)
+def _below_nth(row: Any, columns: int, n: int) -> Any:
+    """Return the key just below that of the n-th largest of a row of bfloat16 bits."""
+    low: Any = np.int32(LOWEST)
+    high: Any = np.int32(32767)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        bound, count = np.int16(middle), np.int16(0)
+        for j in range(columns):
+            count += np.int16(_ordered(row[j]) >= bound)
+        if count >= n:
+            low = middle
+        else:
+            high = middle - 1
+    return np.int16(max(low - 1, LOWEST))
+
+
+@njit(nogil=True, cache=True)
 def keep_largest(
     scores: Any,
     columns: int,
@@ -80,6 +97,8 @@ def keep_largest(
         q = queries[i]
         row = scores[i]
         limit, count, self_column = bound[q], used[q], own + q - first
+        if count == 0 and columns > 2 * keep:  # the first list: what it keeps is found at once
+            limit = _below_nth(row, columns, keep + 1)  # one more: the query itself may be there
         for start in range(0, columns, _LANES):
             stop = min(start + _LANES, columns)
             if limit >= 0 and stop - start == _LANES:  # negative numbers have negative bits

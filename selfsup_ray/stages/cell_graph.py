@@ -55,7 +55,7 @@ class CellsConfig:
     images, in torch alone, which a GPU needs (with probes of 32 and more: products are cheap)."""
     extra: NonNegative = 16
     """Candidates beyond k that are settled exactly; they cover the rounding of bfloat16."""
-    sample_per_cell: Positive = 32
+    sample_per_cell: Positive = 48
     """Images per cell that the k-means is trained on, as far as `memory_mb` allows."""
     memory_mb: Positive = 1000
     """What one worker's arrays may take, about; a process has 0.5 GB besides."""
@@ -124,7 +124,7 @@ class CellJoin:
         """Write the rows of a part in the order of their cells: runs of rows, ids and borders."""
         a, b = self.part_shards[part]
         rows = np.concatenate([self.array.shard(i) for i in range(a, b)])
-        first = int(self.array.offsets[a])
+        first, path = int(self.array.offsets[a]), self._path("run_rows", part)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             raise ArtifactError(
@@ -135,7 +135,10 @@ class CellJoin:
         cells = assign_cells(rows, self.tree)
         order = np.argsort(cells, kind="stable")
         counts = np.bincount(cells, minlength=len(self.tree.centers))
-        self._write("run_rows", part, rows[order])
+        with whole_file(path) as temporary:
+            target = np.lib.format.open_memmap(temporary, "w+", np.float32, rows.shape)
+            np.take(rows, order, axis=0, out=target)
+            del target
         self._write("run_ids", part, first + order)
         self._write("run_borders", part, np.concatenate([[0], np.cumsum(counts)]))
 
