@@ -12,6 +12,7 @@ from selfsup_ray.report_clusters import (
     neighbors_section,
 )
 from selfsup_ray.report_confusion import confusion_section
+from selfsup_ray.report_diffuse import diffuse_section
 from selfsup_ray.report_graph import duplicates_section, hubs_section, outliers_section
 from selfsup_ray.report_html import Section, page
 from selfsup_ray.report_lowshot import lowshot_section
@@ -28,6 +29,7 @@ SECTIONS = (
     clusters_section,
     confusion_section,
     scores_section,
+    diffuse_section,
     lowshot_section,
     map_section,
     neighbors_section,

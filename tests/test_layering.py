@@ -30,7 +30,9 @@ LEVELS = {
         4,
     ),
     **dict.fromkeys(["report_clusters", "report_confusion", "report_html", "report_images"], 4),
-    **dict.fromkeys(["report_lowshot", "report_run", "report_scores", "report_sections"], 4),
+    **dict.fromkeys(
+        ["report_diffuse", "report_lowshot", "report_run", "report_scores", "report_sections"], 4
+    ),
     **dict.fromkeys(["report_graph", "report_map", "report_neighbors"], 4),
     **dict.fromkeys(["cli", "__init__", "__main__"], 5),
 }

@@ -45,8 +45,8 @@ def fit_cells(sample: Array, *, num_cells: int, iterations: int = 6, seed: int =
 
     sample: (n, d) float32 unit rows, n >= num_cells. Two levels: a k-means of groups on part of
     the sample, one of cells inside each group, then three rounds over all cells at once, which
-    mend the borders of the groups. Assignments multiply in bfloat16: cells are as good and the products two to eight times
-    as fast (measured: equal recall). An empty cell restarts at a row of the sample.
+    mend the borders of the groups. Assignments multiply in bfloat16: the cells are as good, the
+    products two to eight times as fast. An empty cell restarts at a row of the sample.
     """
     assert len(sample) >= num_cells > 0, f"{num_cells} cells of {len(sample)} rows"
     rows = _tensor(sample)
