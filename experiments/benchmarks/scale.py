@@ -7,7 +7,7 @@ driver and all its processes killed (SIGKILL) when `--kill-at` of the lists are 
 again. Prints one JSON line: wall and CPU seconds, recall, peak memory over all processes, and
 whether both graphs are the same bytes. `peak_gb` is proportional set size: it counts a page of a
 mapped file once, and such pages can be dropped at any time; `peak_anonymous_gb` leaves them out.
-Bar: 10 M x 64 within 6 GB. The rows: classes of 5,000 images, each of 16 directions with falling variance.
+Bar: 10 M x 64 within 6 GB. The rows: classes of 5,000 images, each of 16 directions.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
         (
             "diffuse",
             lambda out: diffuse(graph, seeds, rows, out=out),
-            "parts/step-0002/**/sums.npy",
+            "parts/step-0002/*",
         ),
     ]
     same = {name: compare(work, name, folder, middle, kill) for name, work, middle in works}
