@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(runs: Path, request: pytest.FixtureRequest) -> Path:
     """A run folder of the test's own."""
     return runs / re.sub(r"\W", "_", request.node.name)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the tests themselves run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def run_of(tracker: Tracker) -> Any:
@@ -215,7 +224,7 @@ def test_an_mlflow_that_comes_back_gets_what_it_missed(folder, tmp_path, monkeyp
     assert [f.path for f in opened.client.list_artifacts(opened.run_id)] == ["metrics.jsonl"]
 
 
-def test_ctrl_c_within_a_transaction_waits_for_its_end(folder, monkeypatch):
+def test_ctrl_c_within_a_transaction_waits_for_its_end(folder, monkeypatch, ctrl_c):
     tracker, log_batch = open_run(folder, STORE, name="x"), MlflowClient.log_batch
 
     def interrupted(*args, **kwargs):
@@ -229,7 +238,7 @@ def test_ctrl_c_within_a_transaction_waits_for_its_end(folder, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_a_second_ctrl_c_does_not_wait(ctrl_c):
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupts_held():
         signal.raise_signal(signal.SIGINT)

@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from sklearn.neighbors import NearestNeighbors
 
 from selfsup_ray.artifacts import ShardedArray, begin, finish
-from selfsup_ray.config import Resources
+from selfsup_ray.config import Resources, build
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph, measure_recall
@@ -220,6 +220,12 @@ def test_an_unfinished_folder_is_not_a_graph(tmp_path: Path, features: Embedding
         Graph.open(graph.path)
 
 
-def test_gpus_are_refused_since_the_search_would_not_use_them():
+@pytest.mark.parametrize("method", [{"name": "hnsw"}, {"name": "cells", "by": "row"}])
+def test_gpus_are_refused_where_the_search_would_not_use_them(method: dict[str, str]):
     with pytest.raises(ConfigError, match=r"resources.gpus.*set it to 0"):
-        GraphConfig(resources=Resources(gpus=1))
+        build(GraphConfig, {"method": method, "resources": {"gpus": 1}})
+
+
+def test_the_exact_search_and_the_join_by_cells_take_a_gpu():
+    for method in ({"name": "exact"}, {"name": "ivf"}, {"name": "cells", "by": "cell"}):
+        assert build(GraphConfig, {"method": method, "resources": {"gpus": 1}}).resources.gpus == 1
