@@ -215,7 +215,7 @@ def main() -> None:
         "--ways", nargs="+", choices=ways, default=["ours", "pynndescent", "ivf_sq8"]
     )
     parser.add_argument("--cell-size", type=int, default=128)
-    parser.add_argument("--probes", type=int, default=16)
+    parser.add_argument("--probes", type=int, default=24)
     parser.add_argument("--extra", type=int, default=16)
     parser.add_argument("--memory-mb", type=int, default=1000)
     parser.add_argument("--recall", type=float, default=0.98, help="that IVF must reach")

@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--probes", type=int, default=16)
+    parser.add_argument("--probes", type=int, default=24)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--memory-mb", type=int, default=600)
     parser.add_argument("--kill-at", type=float, default=0.4)

@@ -20,7 +20,7 @@ from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all,
 
 _TILE_ROWS = (64, 128, 256, 512, 1024)  # few shapes: each costs oneDNN a kernel
 _TILE_COLUMNS = (128, 256, 384, 512, 768, 1024)
-_PROBE_CELLS = 192  # nearest cells of a cell among which its rows choose their own
+_PROBE_CELLS = 384  # nearest cells of a cell among which its rows choose their own
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from selfsup_ray.artifacts import Array
 
 _ROWS = 8192  # of one product
 _FLAT = 512  # up to this many centers a row is compared with all of them
-_ROUNDS = 3  # over all cells at once, after those inside groups
+_ROUNDS = 2  # over all cells at once, after those inside groups
 _ROWS_PER_GROUP = 256  # of the sample, to fit the groups
 _GROUPS = 12  # groups of centers that a row looks into when there are more
 
@@ -44,7 +44,7 @@ def fit_cells(sample: Array, *, num_cells: int, iterations: int = 6, seed: int =
     """Return num_cells cells by spherical k-means, in about sqrt(num_cells) groups.
 
     sample: (n, d) float32 unit rows, n >= num_cells. Two levels: a k-means of groups on part of
-    the sample, one of cells inside each group, then three rounds over all cells at once, which
+    the sample, one of cells inside each group, then two rounds over all cells at once, which
     mend the borders of the groups. Assignments multiply in bfloat16: the cells are as good, the
     products two to eight times as fast. An empty cell restarts at a row of the sample.
     """

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from selfsup_ray.artifacts import Array
-from selfsup_ray.ops.index import row_hashes
 from selfsup_ray.ops.neighbors import Neighbors, merge_neighbors
+from selfsup_ray.ops.selection import hash_rows
 
 _NONE = np.iinfo(np.int64).max
 
@@ -63,7 +63,7 @@ def leaders_first(rows: Array, ids: Array, cells: Array) -> tuple[Array, Array]:
     rows: (n, d) float32; ids: (n,); cells: (n,). order: (n,) positions; leader: (n,) for each
     position of the order, the position in it of the first equal row of the same cell.
     """
-    n, hashes = len(rows), row_hashes(rows)
+    n, hashes = len(rows), hash_rows(rows)
     by_hash = np.lexsort((ids, hashes, cells))
     same = (hashes[by_hash][1:] == hashes[by_hash][:-1]) & (
         cells[by_hash][1:] == cells[by_hash][:-1]

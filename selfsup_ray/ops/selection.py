@@ -238,3 +238,19 @@ def raise_best(scores: Any, owners: Any, first: int, best: Any, column: Any) -> 
         key, j = _largest(scores[i])
         if key > best[owners[i]]:
             best[owners[i]], column[owners[i]] = key, first + j
+
+
+@njit(nogil=True, cache=True)
+def _hash_rows(bits: Any, out: Any) -> None:
+    for i in range(bits.shape[0]):
+        total = np.uint64(0)
+        for j in range(bits.shape[1]):
+            total += np.uint64(bits[i, j]) * (np.uint64(2 * j + 1) * np.uint64(0x9E3779B97F4A7C15))
+        out[i] = total
+
+
+def hash_rows(rows: Array) -> Array:
+    """Return a 64-bit hash of the bits of each of rows (n, d) float32: equal rows, equal hashes."""
+    out = np.empty(len(rows), np.uint64)
+    _hash_rows(np.ascontiguousarray(rows).view(np.uint32), out)
+    return out

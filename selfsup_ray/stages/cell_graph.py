@@ -48,14 +48,14 @@ class CellsConfig:
     name: Literal["cells"] = "cells"
     cell_size: Positive = 128
     """Images per cell on average; above 34 million images cells grow instead of their number."""
-    probes: Positive = 16
+    probes: Positive = 24
     """Cells an image looks into, its own included. More: recall, time."""
     by: Literal["row", "cell"] = "row"
     """Who chooses the cells: every image its own, in the CPU kernels; or every cell for all its
-    images, in torch alone, which a GPU needs (with probes of 32 and more: products are cheap)."""
+    images, in torch alone, which a GPU needs (with probes of 48 and more: products are cheap)."""
     extra: NonNegative = 16
     """Candidates beyond k that are settled exactly; they cover the rounding of bfloat16."""
-    sample_per_cell: Positive = 48
+    sample_per_cell: Positive = 36
     """Images per cell that the k-means is trained on, as far as `memory_mb` allows."""
     memory_mb: Positive = 1000
     """What one worker's arrays may take, about; a process has 0.5 GB besides."""
