@@ -13,8 +13,11 @@ SEARCH_FLOPS = 60e9
 GPU_SEARCH_FLOPS = 5e12
 JOIN_FLOPS = 250e9
 """The same of bfloat16 products in the cell join, on a core with AVX512-BF16 or AMX."""
-JOIN_ROW_S = 14e-6
-"""Seconds of one core for a row in the cell join besides products: selection, gathers, sorting."""
+JOIN_ROW_S = 22e-6
+"""Seconds of one core for a row in the cell join besides products, and again as much for every 256
+numbers of it: selection, gathers, sorting (54.6 s in all for 1 M x 256 on one core measured)."""
+GROUPS = 13
+"""Groups of about sqrt(cells) centers that a row is compared with to find its cell."""
 GROWTH = 1.35
 """Members of a looked-into cell over the average: full cells are looked into more often."""
 
@@ -59,7 +62,8 @@ def graph_cost(
 
 def _cells(method: CellsConfig, *, n: int, dim: int, lists: int, cores: float) -> GraphCost:
     size = n / method.cells(n)
-    flops = 2.0 * n * method.probes * size * GROWTH * dim
+    compared = method.probes * size * GROWTH + GROUPS * method.cells(n) ** 0.5
+    flops = 2.0 * n * compared * dim
     seconds = (flops / JOIN_FLOPS + n * JOIN_ROW_S * (1 + dim / 256)) / cores
     note = f"{method.probes} cells of {size:.0f} rows compared with each, {JOIN_FLOPS / 1e9:.0f} "
     return GraphCost(
