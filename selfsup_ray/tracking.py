@@ -7,18 +7,16 @@ import logging
 import math
 import os
 import re
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from selfsup_ray.artifacts import read_json, write_json
 from selfsup_ray.config import config, flatten, to_dict
+from selfsup_ray.interrupts import interrupts_held
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -310,38 +308,6 @@ class MLflowRun:
         new = [Param(key, value) for key, value in self.params.items() if key not in known]
         for i in range(0, len(new), MAX_PARAMS):
             client.log_batch(run_id, params=new[i : i + MAX_PARAMS])
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block ends; a second one comes through at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {
-        n: handler for n, handler in handlers.items() if handler is not None
-    }  # None: not ours
-    held = list[int]()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if held:
-            restore()
-            signal.raise_signal(number)
-        held.append(number)
-
-    for number in before:
-        signal.signal(number, hold)
-    try:
-        yield
-    finally:
-        restore()
-        if held:
-            signal.raise_signal(held[0])
 
 
 def connect(uri: str) -> MlflowClient:

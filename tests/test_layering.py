@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "selfsup_ray"
 LEVELS = {
     **dict.fromkeys(["ops", "errors", "config", "artifacts", "collectives"], 0),
-    **dict.fromkeys(["tracking", "plots", "progress", "memory"], 0),
+    **dict.fromkeys(["tracking", "plots", "progress", "memory", "interrupts"], 0),
     **dict.fromkeys(["models", "data", "training", "optim"], 1),
     "cluster": 2,
     "stages": 3,

@@ -17,13 +17,8 @@ from mlflow import MlflowClient
 
 from selfsup_ray import tracking
 from selfsup_ray.config import config
-from selfsup_ray.tracking import (
-    Tracker,
-    TrackingConfig,
-    interrupts_held,
-    open_run,
-    read_records,
-)
+from selfsup_ray.interrupts import interrupts_held
+from selfsup_ray.tracking import Tracker, TrackingConfig, open_run, read_records
 
 STORE = TrackingConfig()
 
