@@ -1,0 +1,143 @@
+"""The codes of every view that flip and crop can make of a corpus, computed once, kept on disk.
+
+A view is a window of the padded image or of its mirror image; the codes of all positions of those
+two contain the code of every view. An epoch then only cuts windows: same bits, no distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfsup_ray.artifacts import Array, ShardedArray, require_disk, whole_file
+from selfsup_ray.cluster.shards import map_shards
+from selfsup_ray.config import Resources
+from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.ops.crop_flip import Windows, padded
+from selfsup_ray.ops.patch_codes import Kind, Precision, patch_bits
+
+IMAGES_AT_ONCE = 32
+"""Images that are encoded together: memory is bounded by them."""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How images become codes; picklable.
+
+    kernel: (N, 3 s s) float32, bias: (N,): of `code_kernel`. An image's levels enter as
+    (level / 255 - mean) / std; mean and std: one number for each channel.
+    """
+
+    kernel: Array
+    bias: Array
+    patch_size: int
+    k: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    kind: Kind = "up_to"
+    precision: Precision = "bfloat16"
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return uint8 images as the float32 numbers that are encoded."""
+        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        return (images.float() / 255 - mean) / std
+
+    def __call__(self, images: Tensor, *, threads: int = 1) -> Tensor:
+        """Return the packed codes (B, h, w, ceil(N / 8)) of uint8 images (B, 3, S, S)."""
+        [bits] = patch_bits(
+            self.normalized(images),
+            torch.from_numpy(self.kernel),
+            torch.from_numpy(self.bias),
+            patch_size=self.patch_size,
+            ks=[self.k],
+            kind=self.kind,
+            precision=self.precision,
+            threads=threads,
+        )
+        return bits
+
+
+class CodeCache:
+    """The stored codes of a corpus: (N, 2, S + 2 p - s + 1, S + 2 p - s + 1, bytes) uint8.
+
+    Index 0 of the second axis is the padded image, 1 its mirror image.
+    """
+
+    def __init__(self, array: ShardedArray, *, padding: int) -> None:
+        self.array, self.padding = array, padding
+
+    @classmethod
+    def open(cls, path: Path, *, padding: int) -> CodeCache:
+        """Return the codes stored in a folder that `write_codes` has filled."""
+        return cls(ShardedArray.open(path), padding=padding)
+
+    def __reduce__(self) -> tuple[Callable[..., CodeCache], tuple[Path]]:
+        return partial(CodeCache.open, padding=self.padding), (self.array.path,)
+
+    @property
+    def side(self) -> int:
+        """Positions of a view along one axis."""
+        return self.array.shape[2] - 2 * self.padding
+
+    def windows(self, ids: Array, windows: Windows) -> Tensor:
+        """Return the codes of one view of each of these images: (B, h, w, bytes) uint8.
+
+        ids: (B,) corpus ids; windows: of the views, with this cache's padding.
+        """
+        out = np.empty((len(ids), self.side, self.side, self.array.shape[-1]), np.uint8)
+        owner = np.searchsorted(self.array.offsets, ids, side="right") - 1
+        local = ids - self.array.offsets[owner]
+        for i, (shard, row) in enumerate(zip(owner.tolist(), local.tolist(), strict=True)):
+            top, left = int(windows.tops[i]), int(windows.lefts[i])
+            codes = self.array.shard(shard)[row, int(windows.flips[i])]
+            out[i] = codes[top : top + self.side, left : left + self.side]
+        return torch.from_numpy(out)
+
+
+def cache_bytes(corpus: Corpus, coding: Coding, *, padding: int) -> int:
+    """Return how much disk the codes of a corpus take."""
+    side = corpus.image_size + 2 * padding - coding.patch_size + 1
+    return len(corpus) * 2 * side * side * -(-len(coding.bias) // 8)
+
+
+def write_codes(
+    corpus: Corpus, coding: Coding, *, padding: int, out: Path, resources: Resources
+) -> CodeCache:
+    """Write the codes of every image of a corpus, shard by shard; shards that exist are kept.
+
+    Raises ArtifactError when the disk has no room for them.
+    """
+    side = corpus.image_size + 2 * padding - coding.patch_size + 1
+    shape = (2, side, side, -(-len(coding.bias) // 8))
+    array = ShardedArray.create(out, shard_rows=corpus.shard_rows, row_shape=shape, dtype="uint8")
+    missing = [i for i in range(array.num_shards) if not array.is_written(i)]
+    rows = sum(array.shard_rows[i] for i in missing)
+    require_disk(out, size_bytes=rows * int(np.prod(shape)))
+    threads = max(1, int(resources.cpus))
+    work = partial(_write_shard, corpus, coding, array.path.absolute(), padding, threads)
+    for _ in map_shards(work, missing, resources, label="codes"):
+        pass
+    return CodeCache(array, padding=padding)
+
+
+def _write_shard(
+    corpus: Corpus, coding: Coding, path: Path, padding: int, threads: int, shard: int
+) -> None:
+    """Write one shard; its pages go to disk as they are made, so that it need not fit memory."""
+    array = ShardedArray.open(path)
+    shape = (array.shard_rows[shard], *array.shape[1:])
+    with whole_file(array.shard_path(shard)) as temporary:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        for start in range(0, len(out), IMAGES_AT_ONCE):
+            images = corpus.shard_images(shard, start, start + IMAGES_AT_ONCE)
+            wide = padded(images, padding=padding)
+            for flip, mirrored in enumerate((wide, wide.flip(3))):
+                codes = coding(mirrored, threads=threads)
+                out[start : start + len(wide), flip] = codes.numpy()
+        out.flush()
