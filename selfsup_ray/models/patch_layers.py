@@ -1,0 +1,195 @@
+"""The configs of networks on a patch dictionary, and of the convolutional ones beside them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfsup_ray.config import NonNegative, Positive, PositiveFloat, config
+from selfsup_ray.models.patch_cnn import blocks_of
+
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+EntriesK = Positive | OpenShare
+"""Nearest entries that are set: a number, or a share of the dictionary such as 0.25."""
+
+
+def entries(k: float, size: int) -> int:
+    """Return k as a number of entries of a dictionary of `size`; a share is rounded, at least 1."""
+    return int(k) if k >= 1 else max(1, math.floor(k * size + 0.5))
+
+
+@config
+class LayerConfig:
+    """What follows a layer's code, in this order; each part but the last can be left out."""
+
+    pool: Positive | None = 4
+    """Side and stride of the average pooling; a window over the border is averaged over its
+    inside."""
+    adaptive_pool: Positive | None = None
+    """Side of the map after an adaptive average pooling; 6 in Thiry et al. 2021."""
+    batch_norm: bool = True
+    """Statistics are those of the batch over all workers."""
+    bottleneck: Positive | None = 32
+    """Channels after a convolution with bias, 1 x 1 unless `bottleneck_kernel` says otherwise."""
+    bottleneck_kernel: Positive = 1
+    """Side of the bottleneck's kernel, no padding."""
+    bottleneck_relu: bool = False
+    """ReLU after the bottleneck: the network is then no longer locally linear."""
+    residual: Literal["none", "add", "cat"] = "none"
+    """The layer's input, cut to the middle, added to the map or put beside it as channels."""
+
+    def __post_init__(self) -> None:
+        if self.bottleneck is None and (self.bottleneck_relu or self.bottleneck_kernel != 1):
+            raise ValueError(
+                f"`bottleneck` is null, so bottleneck_relu={self.bottleneck_relu} and "
+                f"bottleneck_kernel={self.bottleneck_kernel} have nothing to act on"
+            )
+
+
+@config
+class CodeConfig(LayerConfig):
+    """The code of a patch by its nearest dictionary entries, and what follows."""
+
+    k: EntriesK = 256
+    """Nearest entries of the dictionary that are set; below 1 a share of it."""
+    code: Literal["up_to", "kth", "triangle"] = "up_to"
+    """`up_to`: 1 for the k nearest. `kth`: 1 for the k-th nearest alone. `triangle`: ReLU(mean
+    distance - distance) of Coates and Ng 2012, without k."""
+    embedding: Literal["dictionary", "random", "learnable"] = "dictionary"
+    """Kernel and bias of the distances: the dictionary's, or those a convolution of its shape
+    starts with, kept or trained. Only `triangle` lets a gradient through."""
+    also_k: tuple[EntriesK, ...] = ()
+    """Other k, each with a network of its own trained beside the first on the same images: the
+    distances, which cost most, are computed once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embedding == "learnable" and self.code != "triangle":
+            raise ValueError(
+                f"embedding=learnable needs code=triangle: with code={self.code} the code's "
+                f"entries are 0 or 1 and no gradient reaches the kernel"
+            )
+        if self.also_k and self.code == "triangle":
+            raise ValueError("code=triangle has no k, so `also_k` must be left out")
+        if len({self.k, *self.also_k}) <= len(self.also_k):
+            raise ValueError(f"`k` and `also_k` hold a value twice: {[self.k, *self.also_k]}")
+
+
+@config
+class PhiFullConfig(CodeConfig):
+    """Phi_full: each entry gates a linear function of the patch that it learns."""
+
+    name: Literal["phi_full"] = "phi_full"
+    maps_per_entry: Positive | None = None
+    """c: when given, an entry has c functions, and the map has c channels: the sums over the set
+    entries divided by k. None: one function, and a channel for each entry."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.maps_per_entry is not None and self.code != "up_to":
+            raise ValueError(
+                f"maps_per_entry divides by k, so it needs code=up_to, not {self.code}"
+            )
+
+
+@config
+class PhiHardConfig(CodeConfig):
+    """Phi_hard: the code itself is the map."""
+
+    name: Literal["phi_hard"] = "phi_hard"
+
+
+@config
+class PhiSimpleConfig:
+    """Phi_full unconstrained (Table 2, Simple): code times patch, then one linear layer."""
+
+    name: Literal["phi_simple"] = "phi_simple"
+    k: EntriesK = 64
+    """Nearest entries of the dictionary that are set; below 1 a share of it."""
+
+
+@config
+class VanillaConfig(LayerConfig):
+    """The code replaced by a trained convolution and ReLU; needs no dictionary."""
+
+    name: Literal["vanilla"] = "vanilla"
+    size: Positive = 1024
+    """Filters, N."""
+    patch_size: Positive = 5
+    """Side of a filter."""
+
+
+@config
+class CNNConfig:
+    """A convolutional network trained end to end: blocks of convolution, ReLU and what follows."""
+
+    name: Literal["cnn"] = "cnn"
+    architecture: str = "VGG11c"
+    """VGGc{channels}d{depth}, with A for a 2 x 2 average pooling in the first block; VGGs, VGGsw,
+    VGGsxw, VGG8b, VGG8c, VGG11b, VGG11, VGG13, VGG16, VGG19, the same four with c for small
+    images; mlp: no convolution."""
+    kernel_size: tuple[Positive, ...] = (3,)
+    """Side of the kernels, of each convolution or of all alike."""
+    padding: tuple[NonNegative, ...] = (1,)
+    """Zeros around each convolution's input, of each or of all alike."""
+    batch_norm: Literal["none", "first", "all"] = "all"
+    """Which blocks have batch normalisation, after the ReLU and the average pooling."""
+    bottleneck: Positive | None = None
+    """Channels after a 1 x 1 convolution, without ReLU, that ends every block."""
+    hidden: tuple[Positive, ...] = (128,)
+    """Widths of the hidden layers, each with batch normalisation where the blocks have it, and
+    ReLU, before the last linear layer."""
+
+    def __post_init__(self) -> None:
+        convolutions = [c for c in blocks_of(self.architecture) if isinstance(c, int)]
+        for key in ("kernel_size", "padding"):
+            if len(getattr(self, key)) not in (1, len(convolutions)):
+                raise ValueError(
+                    f"{key} has {len(getattr(self, key))} values, but {self.architecture} has "
+                    f"{len(convolutions)} convolutions; give one value, or one for each"
+                )
+
+
+ModelConfig = Annotated[
+    PhiFullConfig | PhiHardConfig | PhiSimpleConfig | VanillaConfig | CNNConfig,
+    Field(discriminator="name"),
+]
+
+
+@config
+class DeeperCodeConfig(LayerConfig):
+    """A further layer of Phi_full or Phi_hard: a dictionary of patches of the map below."""
+
+    name: Literal["code"] = "code"
+    size: Positive = 1024
+    """Entries of the dictionary, N."""
+    patch_size: Positive = 3
+    """Side of a patch."""
+    k: EntriesK = 128
+    """Nearest entries of the dictionary that are set; below 1 a share of it."""
+    patches_per_entry: Positive = 256
+    """Patches drawn for each entry; with 1 they are the dictionary themselves."""
+    iterations: Positive = 25
+    """Rounds of k-means."""
+    regularization: PositiveFloat = 1e-3
+    """Added to the root of each variance of the patches before they are divided by it."""
+    pool: Positive | None = None
+    batch_norm: bool = False
+
+
+@config
+class DeeperConvConfig(LayerConfig):
+    """A further layer of the layer-wise convolutional network."""
+
+    name: Literal["conv"] = "conv"
+    size: Positive = 1024
+    """Filters, N."""
+    patch_size: Positive = 3
+    """Side of a filter."""
+    pool: Positive | None = None
+    batch_norm: bool = False
+
+
+DeeperConfig = Annotated[DeeperCodeConfig | DeeperConvConfig, Field(discriminator="name")]
