@@ -32,8 +32,8 @@ class Positions:
     def __len__(self) -> int:
         return len(self.image)
 
-    def chosen(self, which: Array) -> Positions:
-        """Return some of the positions, by index or mask."""
+    def chosen(self, which: Array | slice) -> Positions:
+        """Return some of the positions, by index, mask or slice."""
         return Positions(self.image[which], self.row[which], self.column[which])
 
 
