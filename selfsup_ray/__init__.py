@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from selfsup_ray.planning import plan
     from selfsup_ray.report import write_report
     from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion, diffuse
+    from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
+    from selfsup_ray.stages.dimension_config import DimensionConfig
     from selfsup_ray.stages.embed import EmbedConfig, Embeddings, embed
     from selfsup_ray.stages.evaluate import EvaluateConfig, evaluate
     from selfsup_ray.stages.export import ExportConfig, export
@@ -64,6 +66,8 @@ _HOMES = {
     "planning": ["plan"],
     "report": ["write_report"],
     "stages.diffuse": ["DiffuseConfig", "Diffusion", "diffuse"],
+    "stages.dimension": ["PatchDimension", "patch_dimension"],
+    "stages.dimension_config": ["DimensionConfig"],
     "stages.embed": ["EmbedConfig", "Embeddings", "embed"],
     "stages.evaluate": ["EvaluateConfig", "evaluate"],
     "stages.export": ["ExportConfig", "export"],
@@ -95,6 +99,7 @@ __all__ = [
     "Corpus",
     "DiffuseConfig",
     "Diffusion",
+    "DimensionConfig",
     "EmbedConfig",
     "Embeddings",
     "Encoder",
@@ -109,6 +114,7 @@ __all__ = [
     "LowShot",
     "LowShotConfig",
     "MoCoConfig",
+    "PatchDimension",
     "PretextConfig",
     "ProbeConfig",
     "ReduceConfig",
@@ -132,6 +138,7 @@ __all__ = [
     "low_shot",
     "open",
     "ops",
+    "patch_dimension",
     "plan",
     "pretrain",
     "probe",

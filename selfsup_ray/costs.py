@@ -29,6 +29,8 @@ LINKS_PER_NEIGHBOR = 1.45
 """Links of an image for each neighbor it lists, once every link goes both ways."""
 LINK_CLASSES_PER_S = 5e9
 """Links times classes of diffusion that one CPU core does in a second, in any order of images."""
+KMEANS_FLOPS = 100e9
+"""Multiplications and additions a second of k-means on one CPU core, in bfloat16."""
 DECODED_PER_S = 500.0
 """Photos of about 500 x 400 pixels that one CPU core decodes, resizes and stores in a second."""
 TIMED_IMAGES = 16
@@ -151,6 +153,8 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
             return _ingest(experiment, num_images)
         case "pretext" | "scan" | "selflabel":
             return _training(experiment, stage, num_images, folder)
+        case "dimension":
+            return _dimension(experiment, num_images)
         case "embed":
             return _embed(experiment, num_images)
         case "reduce":
@@ -255,6 +259,25 @@ def _seconds_per_image(
         return network_s, note
     views_s = view_seconds(made.views, stored) * made.num_views / (max(ask.workers, 1) * ask.cpus)
     return network_s + views_s, f"{made.passes:g} passes an image, {note}, views timed too"
+
+
+def _dimension(e: Experiment, n: int) -> Cost:
+    assert e.dimension is not None and e.ingest is not None
+    made, side = e.dimension, e.ingest.image_size
+    d, per_image = 3 * made.patch_size**2, max(side - made.patch_size + 1, 0) ** 2
+    points, sets = min(made.points, n * per_image), len(made.sets)
+    per_centroid = made.points_per_centroid or points
+    seen = [min(points, per_centroid * k) * made.iterations + points for k in made.all_k]
+    work = sum(2.0 * d * k * rows for k, rows in zip(made.all_k, seen, strict=True)) * sets
+    ask, workers = made.resources, max(made.resources.workers, 1)
+    rate = workers * (ask.gpus * GPU_FLOPS if ask.gpus else ask.cpus * KMEANS_FLOPS)
+    return Cost(
+        memory_bytes=WORKER_BYTES + points * d * 4 * 4,
+        disk_bytes=points * d * (4 * sets + 1),
+        seconds=work / rate,
+        assumes=f"{points:,} patches, {len(made.all_k)} numbers of centroids in {sets} sets; the "
+        f"disk is freed at the end",
+    )
 
 
 def _embed(e: Experiment, n: int) -> Cost:

@@ -11,6 +11,7 @@ from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.pretext import check_method
 from selfsup_ray.stages import STAGES
 from selfsup_ray.stages.diffuse import DiffuseConfig
+from selfsup_ray.stages.dimension_config import DimensionConfig
 from selfsup_ray.stages.embed import EmbedConfig
 from selfsup_ray.stages.evaluate import EvaluateConfig
 from selfsup_ray.stages.export import ExportConfig
@@ -26,6 +27,7 @@ from selfsup_ray.tracking import TrackingConfig
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
+    "dimension": ("ingest",),
     "pretext": ("ingest",),
     "embed": ("ingest", "pretext"),
     "reduce": ("embed",),
@@ -59,6 +61,7 @@ class Experiment:
     """Added to every stage's own seed, so that one key repeats a whole run with other numbers."""
     tracking: TrackingConfig = TrackingConfig()
     ingest: IngestConfig | None = None
+    dimension: DimensionConfig | None = None
     pretext: PretextConfig | None = None
     embed: EmbedConfig | None = None
     reduce: ReduceConfig | None = None

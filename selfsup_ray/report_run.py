@@ -29,6 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 ORDER = (
     *(
         "ingest",
+        "dimension",
         "pretext",
         "patches",
         "embed",

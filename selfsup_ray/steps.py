@@ -14,6 +14,7 @@ from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.stages.diffuse import Diffusion, diffuse
+from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
 from selfsup_ray.stages.embed import Embeddings, embed
 from selfsup_ray.stages.evaluate import Evaluation, evaluate_run
 from selfsup_ray.stages.export import Exported, export
@@ -35,6 +36,7 @@ Folders = Callable[[str], Path]
 """Stage name -> the folder that stage owns."""
 Artifact = (
     Corpus
+    | PatchDimension
     | Encoder
     | Embeddings
     | Reduced
@@ -52,6 +54,7 @@ CLUSTERINGS = ("scan", "selflabel")
 
 HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "ingest": Corpus.open,
+    "dimension": PatchDimension.open,
     "pretext": Encoder.open,
     "embed": Embeddings.open,
     "reduce": Reduced.open,
@@ -91,6 +94,11 @@ def run_stage(stage: str, experiment: Experiment, at: Folders, tracker: Tracker 
 
 def _ingest(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     ingest(None, e.ingest, out=at("ingest"), tracker=tracker)
+
+
+def _dimension(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus = Corpus.open(at("ingest"))
+    patch_dimension(corpus, e.dimension, out=at("dimension"), tracker=tracker)
 
 
 def _pretext(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
@@ -186,6 +194,7 @@ def _export(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 
 RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "ingest": _ingest,
+    "dimension": _dimension,
     "pretext": _pretext,
     "embed": _embed,
     "reduce": _reduce,

@@ -2,6 +2,7 @@
 
 STAGES = (
     "ingest",
+    "dimension",
     "pretext",
     "embed",
     "reduce",
