@@ -47,7 +47,7 @@ def test_the_two_commands_are_there_as_they_were_agreed():
 def test_a_command_parses_and_its_keys_exist(command: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     options = cli.parsed(shlex.split(command)[1:])
-    if hasattr(options, "experiment") and (ROOT / "experiments" / options.experiment.name).exists():
+    if hasattr(options, "experiment") and (ROOT / options.experiment).exists():
         assert load(Experiment, options.experiment, dict(options.changes)).stages
     elif hasattr(options, "sweep"):
         made, _ = prepared(options.sweep, dict(options.changes))
