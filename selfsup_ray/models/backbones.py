@@ -1,48 +1,36 @@
-"""Backbones: ResNets with stems for large and small images, under torchvision's parameter names."""
+"""Building backbones, and ResNets for large and small images under torchvision's names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from selfsup_ray.config import Positive, config
+from selfsup_ray.models.backbone import (
+    EXPANSION,
+    Backbone,
+    BackboneConfig,
+    PatchBackboneConfig,
+    ResNetConfig,
+)
 from selfsup_ray.models.norm import BatchNorm
+from selfsup_ray.models.patch_backbone import PatchBackbone
 
-
-@config
-class ResNetConfig:
-    """A residual network (He et al. 2016) without its classifier."""
-
-    name: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    stem: Literal["imagenet", "cifar", "stl"] = "imagenet"
-    """`imagenet`: 7x7 stride 2 and a stride-2 pool, for 128 pixels and more. `stl`: 3x3 and a
-    stride-2 pool, for 48 to 128 pixels, or cheaper training of smaller ones. `cifar`: 3x3, no pool,
-    for about 32 pixels."""
-    width: Positive = 64
-    """Channels of the first stage; 64 in the paper. Cost grows with its square."""
-
-    @property
-    def dim(self) -> int:
-        """Dimension of the features: 512, or 2048 for resnet50, at width 64."""
-        return 8 * self.width * LAYERS[self.name][1].expansion
-
-
-BackboneConfig = ResNetConfig
-
-
-class Backbone(nn.Module):
-    """A network from images (B, 3, s, s), normalised, to features (B, dim), not unit rows."""
-
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.dim = config.dim
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "PatchBackbone",
+    "PatchBackboneConfig",
+    "ResNet",
+    "ResNetConfig",
+    "build_backbone",
+    "fold_batch_norm",
+    "seeded",
+]
 
 
 @contextmanager
@@ -54,9 +42,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def build_backbone(config: BackboneConfig, *, seed: int = 0) -> Backbone:
-    """Return a new backbone; the same seed gives the same weights on every rank."""
-    with seeded(seed):
-        return ResNet(config)
+    """Return a new backbone; the same seed gives the same weights on every rank.
+
+    A patch backbone has nothing to draw: its dictionary is zero until it is filled.
+    """
+    match config:
+        case PatchBackboneConfig():
+            return PatchBackbone(config)
+        case ResNetConfig():
+            with seeded(seed):
+                return ResNet(config)
 
 
 class ResNet(Backbone):
@@ -129,7 +124,7 @@ class _Block(nn.Module):
 class _Bottleneck(nn.Module):
     """A residual block of 1x1, 3x3 (with the stride), 1x1 convolutions."""
 
-    expansion = 4
+    expansion = EXPANSION
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()

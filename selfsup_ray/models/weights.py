@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selfsup_ray.artifacts import read_json, whole_file
 from selfsup_ray.config import build
 from selfsup_ray.errors import ArtifactError, ConfigError
-from selfsup_ray.models.backbones import Backbone, BackboneConfig, build_backbone
+from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 
 M = TypeVar("M", bound=nn.Module)
 D = TypeVar("D")
@@ -125,7 +125,7 @@ class Foreign:
     """Keys of the checkpoint, as written there; heads, key networks and queues as a rule."""
 
 
-def load_foreign(path: Path, config: BackboneConfig) -> Foreign:
+def load_foreign(path: Path, config: ResNetConfig) -> Foreign:
     """Return a backbone with the weights of a checkpoint that something else has written.
 
     Read are .safetensors and torch files (loaded as plain tensors: no code in them can run), with

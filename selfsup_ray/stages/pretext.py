@@ -13,7 +13,7 @@ from selfsup_ray.config import NonNegative, Positive, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.datasets import Images
 from selfsup_ray.data.views import ScanSimCLRViews, Views, ViewsConfig
-from selfsup_ray.models.backbones import Backbone, BackboneConfig, ResNetConfig, build_backbone
+from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 from selfsup_ray.models.encoder import Encoder, save_encoder
 from selfsup_ray.models.pretext import (
     MoCo,
@@ -41,7 +41,7 @@ class PretextConfig(TrainConfig):
     """How the encoder is trained; the defaults are SCAN's for CIFAR-10 (SimCLR, ResNet-18)."""
 
     method: PretextMethod = SimCLRConfig()
-    backbone: BackboneConfig = ResNetConfig()
+    backbone: ResNetConfig = ResNetConfig()
     views: ViewsConfig = ScanSimCLRViews()
     initial_weights: Path | None = None
     """A published checkpoint to start the backbone from: torchvision, MoCo, safetensors."""
