@@ -168,9 +168,11 @@ def fit(
             objective.after_step(progress)  # EMA, queue, memory bank
             step += 1
             checkpoint = step % config.checkpoint_every == 0 or step == batches.total_steps
+            ends = step % batches.steps_per_epoch == 0
+            numbers = objective.after_epoch(epoch) if ends else {}  # accuracy on test images
             # A checkpoint closes the record: a state then never holds half a mean, nor a NaN.
-            if checkpoint or step % config.log_every == 0:
-                history.append(meter.record(step, lr, batches))
+            if checkpoint or numbers or step % config.log_every == 0:
+                history.append(meter.record(step, lr, batches) | numbers)
                 on_log(history[-1])
             if checkpoint:
                 on_checkpoint(now())

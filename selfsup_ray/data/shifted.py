@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
 from selfsup_ray.config import NonNegative, Share, config
 from selfsup_ray.data.views import Mean, Std
+from selfsup_ray.ops.crop_flip import Windows, cut, draw_windows
 
 
 @config
@@ -18,3 +24,34 @@ class ShiftedConfig:
     """Mean of red, green, blue in [0, 1], subtracted; the defaults scale to [-1, 1]."""
     std: Std = (0.5, 0.5, 0.5)
     """Standard deviation of red, green, blue, by which every view is divided."""
+
+
+@dataclass(frozen=True)
+class ShiftedViews:
+    """Makes the shifted view of a batch; a `MakeViews`, picklable.
+
+    What comes after the images, such as the codes of the same views, is passed on as it is.
+    """
+
+    config: ShiftedConfig
+    seed: int
+
+    def windows(self, ids: Tensor, epoch: int) -> Windows:
+        """Return where the views of these ids lie in this epoch: by (seed, epoch, id) alone."""
+        made = self.config
+        return draw_windows(
+            ids, seed=self.seed, epoch=epoch, padding=made.padding, flip_p=made.flip_p
+        )
+
+    def __call__(self, images: list[Tensor], ids: Tensor, epoch: int) -> list[Tensor]:
+        """Return [float32 views (B, 3, S, S), …] of [uint8 images (B, 3, S, S), …]."""
+        windows = self.windows(ids, epoch)
+        views = cut(images[0], windows, padding=self.config.padding)
+        return [normalized(views, self.config), *images[1:]]
+
+
+def normalized(images: Tensor, config: ShiftedConfig) -> Tensor:
+    """Return uint8 images (B, 3, S, S) as float32, (level / 255 - mean) / std by channel."""
+    mean = torch.tensor(config.mean, device=images.device)[:, None, None]
+    std = torch.tensor(config.std, device=images.device)[:, None, None]
+    return (images.float() / 255 - mean) / std

@@ -58,6 +58,13 @@ class Objective(nn.Module):
     def before_epoch(self, epoch: int, dataset: Dataset) -> None:
         """Prepare an epoch; called on every rank, not again when training resumes inside it."""
 
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Return numbers of a whole epoch, such as an accuracy, for the record that closes it.
+
+        Every rank calls it after the epoch's last `after_step` and returns the same.
+        """
+        return {}
+
 
 @contextmanager
 def full_precision(x: Tensor) -> Iterator[None]:

@@ -1,46 +1,81 @@
-"""The convolutional baselines of the patch-dictionary study: their lists of blocks, by name."""
+"""The convolutional baselines of the patch-dictionary study, trained end to end."""
 
 from __future__ import annotations
 
-import re
-from typing import Literal
+from torch import Tensor, nn
 
-Block = int | Literal["M", "A"]
-
-BLOCKS: dict[str, tuple[Block, ...]] = {
-    "mlp": (),
-    "VGGs": (8, "M", 16, "M", 32, "M"),
-    "VGGsw": (64, "M", 128, "M", 256, "M"),
-    "VGGsxw": (128, "M", 256, "M", 512, "M"),
-    "VGG8c": (64, 128, "M", 256, 256, "M", 512, 512, "M"),
-    "VGG8b": (128, 256, "M", 256, 512, "M", 512, "M", 512, "M"),
-    "VGG11b": (128, 128, 128, 256, "M", 256, 512, "M", 512, 512, "M", 512, "M"),
-    "VGG11c": (64, 128, "M", 256, 256, "M", *[512] * 4, "M"),
-    "VGG13c": (64, 64, 128, 128, "M", 256, 256, "M", *[512] * 4, "M"),
-    "VGG16c": (64, 64, 128, 128, "M", *[256] * 3, "M", *[512] * 6, "M"),
-    "VGG19c": (64, 64, 128, 128, "M", *[256] * 4, "M", *[512] * 8, "M"),
-    "VGG11": (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
-    "VGG13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
-    "VGG16": (64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3, "M"),
-    "VGG19": (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4, "M"),
-}
-"""Channels of each convolution; M: 2 x 2 maximum, A: 2 x 2 average inside the block before it."""
-
-REGULAR = re.compile(r"VGGc([1-9]\d*)d([1-9]\d*)(A?)")
+from selfsup_ray.models.norm import BatchNorm
+from selfsup_ray.models.patch_layers import CNNConfig, blocks_of
 
 
-def blocks_of(architecture: str) -> tuple[Block, ...]:
-    """Return the blocks of an architecture: channels of a convolution, or the letter of a pooling.
+class PatchCNN(nn.Module):
+    """Blocks of convolution, ReLU, average pooling, batch norm, bottleneck; then linear layers.
 
-    Raises ValueError naming the ones there are.
+    A bottleneck is not followed by a ReLU: the released command line asks for one, and that model
+    ignores it.
     """
-    if architecture in BLOCKS:
-        return BLOCKS[architecture]
-    if found := REGULAR.fullmatch(architecture):
-        channels, depth = int(found[1]), int(found[2])
-        first: tuple[Block, ...] = (channels, "A") if found[3] else (channels,)
-        return (*first, *[channels] * (depth - 1))
-    raise ValueError(
-        f"architecture={architecture!r} is none of {', '.join(BLOCKS)}, nor of the form "
-        f"VGGc{{channels}}d{{depth}}, with or without A, such as VGGc1024d2A"
-    )
+
+    num_heads = 1
+    head_names = ("",)
+
+    def __init__(
+        self, config: CNNConfig, *, image_size: int, num_classes: int, channels: int = 3
+    ) -> None:
+        super().__init__()
+        self.blocks, features = _blocks(config, side=image_size, channels=channels)
+        self.classifier = _linear_layers(config, features, num_classes)
+
+    def forward(self, images: Tensor, codes: list[Tensor] | None = None) -> list[Tensor]:
+        """Return [logits (B, C)] of images (B, channels, S, S); there are no codes."""
+        assert codes is None, "a convolutional network reads no codes"
+        x: Tensor = self.blocks(images)
+        return [self.classifier(x.flatten(1))]
+
+
+def _blocks(config: CNNConfig, *, side: int, channels: int) -> tuple[nn.Sequential, int]:
+    """Return the blocks and the number of values they make of an image."""
+    layout = blocks_of(config.architecture)
+    blocks: list[nn.Module] = []
+    number = 0
+    for i, block in enumerate(layout):
+        if block == "M":
+            blocks.append(nn.MaxPool2d(2))
+            side //= 2
+        elif isinstance(block, int):
+            averaged = layout[i + 1 : i + 2] == ("A",)
+            kernel, padding = _of(config.kernel_size, number), _of(config.padding, number)
+            blocks.append(_block(config, channels, block, number, averaged=averaged))
+            side = (side + 2 * padding - kernel + 1) // (2 if averaged else 1)
+            channels, number = config.bottleneck or block, number + 1
+        if side < 1:
+            raise ValueError(f"{config.architecture} leaves nothing of the image at block {i + 1}")
+    return nn.Sequential(*blocks), channels * side * side
+
+
+def _block(
+    config: CNNConfig, channels: int, out: int, number: int, *, averaged: bool
+) -> nn.Sequential:
+    kernel, padding = _of(config.kernel_size, number), _of(config.padding, number)
+    layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, padding=padding), nn.ReLU()]
+    if averaged:
+        layers.append(nn.AvgPool2d(2))
+    if config.batch_norm == "all" or (config.batch_norm == "first" and number == 0):
+        layers.append(BatchNorm(out))
+    if config.bottleneck is not None:
+        layers.append(nn.Conv2d(out, config.bottleneck, 1))
+    return nn.Sequential(*layers)
+
+
+def _of(values: tuple[int, ...], number: int) -> int:
+    return values[number] if len(values) > 1 else values[0]
+
+
+def _linear_layers(config: CNNConfig, features: int, num_classes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in config.hidden:
+        layers.append(nn.Linear(features, width))
+        if config.batch_norm == "all":
+            layers.append(BatchNorm(width))
+        layers.append(nn.ReLU())
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, num_classes))

@@ -1,0 +1,386 @@
+"""Networks on a patch dictionary: a fixed code of each patch, and a trained part that is linear.
+
+z = m * (V x + b) for Phi_full and z = m for Phi_hard, m the code of the patch x; then average
+pooling, batch norm, 1 x 1 bottleneck, and a linear classifier (Brutzkus et al. 2022). What comes
+after the code is linear in x as long as the code stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfsup_ray.models.norm import BatchNorm
+from selfsup_ray.models.patch_layers import (
+    CodeConfig,
+    DeeperCodeConfig,
+    DeeperConvConfig,
+    LayerConfig,
+    PhiFullConfig,
+    PhiHardConfig,
+    VanillaConfig,
+    entries,
+)
+from selfsup_ray.ops.gated_linear import gated_pool
+from selfsup_ray.ops.patch_codes import (
+    Kind,
+    Precision,
+    patch_bits,
+    pooled_counts,
+    triangle_code,
+    unpack_bits,
+)
+from selfsup_ray.ops.pooling import pooled_cells
+
+Gate = Literal["full", "hard", "conv"]
+"""What a layer makes of the code: m (V x + b), m, or ReLU(V x + b) without any code."""
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """A dictionary as a convolution: kernel (N, channels s s) and bias (N,), float32."""
+
+    kernel: Tensor
+    bias: Tensor
+    patch_size: int
+
+    @property
+    def size(self) -> int:
+        """N, the number of entries."""
+        return len(self.bias)
+
+
+class BitCode(nn.Module):
+    """The packed code of every position for each k, from one pass over the distances."""
+
+    kernel: Tensor
+    bias: Tensor
+
+    def __init__(self, dictionary: Dictionary, *, ks: Sequence[int], kind: Kind) -> None:
+        super().__init__()
+        self.patch_size, self.ks, self.kind = dictionary.patch_size, tuple(ks), kind
+        self.register_buffer("kernel", dictionary.kernel.clone())
+        self.register_buffer("bias", dictionary.bias.clone())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return a (B, h, w, ceil(N / 8)) uint8 code for each k of images (B, C, S, S)."""
+        kind = images.device.type
+        precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
+        with torch.autocast(kind, enabled=False):
+            return patch_bits(
+                images.float(),
+                self.kernel,
+                self.bias,
+                patch_size=self.patch_size,
+                ks=self.ks,
+                kind=self.kind,
+                precision=precision,
+                threads=torch.get_num_threads(),
+            )
+
+
+class TriangleCode(nn.Module):
+    """ReLU(mean distance - distance) of every position; the kernel may be trained."""
+
+    def __init__(self, dictionary: Dictionary, *, is_trained: bool) -> None:
+        super().__init__()
+        self.patch_size = dictionary.patch_size
+        self.kernel = nn.Parameter(dictionary.kernel.clone(), requires_grad=is_trained)
+        self.bias = nn.Parameter(dictionary.bias.clone(), requires_grad=is_trained)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return one float code (B, N, h, w)."""
+        return [triangle_code(images, self.kernel, self.bias, patch_size=self.patch_size)]
+
+
+class Layer(nn.Module):
+    """One layer without its code: gate, pooling, batch norm, bottleneck, residual, in this order.
+
+    channels, side: of its input. `out_channels` and `out_side` are those of its map.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        *,
+        gate: Gate,
+        size: int,
+        patch_size: int,
+        channels: int,
+        side: int,
+        k: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.gate, self.size, self.patch_size = config, gate, size, patch_size
+        self.k = k
+        self.maps = config.maps_per_entry if isinstance(config, PhiFullConfig) else None
+        if gate != "hard":
+            self.linear = nn.Conv2d(channels, size * (self.maps or 1), patch_size)
+        features = self.maps or size
+        self.norm = BatchNorm(features) if config.batch_norm else nn.Identity()
+        self.bottleneck: nn.Module = nn.Identity()
+        if config.bottleneck is not None:
+            self.bottleneck = nn.Conv2d(features, config.bottleneck, config.bottleneck_kernel)
+            features = config.bottleneck
+        self.out_side = _map_side(config, side - patch_size + 1)
+        if self.out_side < 1:
+            raise ValueError(
+                f"a layer of {patch_size} x {patch_size} patches leaves nothing of a map of "
+                f"{side} x {side}; use smaller patches, less pooling, or fewer layers"
+            )
+        if config.residual == "add" and features != channels:
+            raise ValueError(
+                f"residual=add needs as many channels as the layer's input has, {channels}, but "
+                f"the map has {features}; set bottleneck={channels}, or residual=cat"
+            )
+        self.out_channels = features + (channels if config.residual == "cat" else 0)
+
+    def forward(self, images: Tensor, code: Tensor | None) -> Tensor:
+        """Return the map (B, out_channels, out_side, out_side) of images (B, channels, S, S).
+
+        code: packed bits, a float code (B, N, h, w), or None for a convolutional layer.
+        """
+        x = self._pooled(images, code)
+        if self.config.adaptive_pool is not None:
+            x = F.adaptive_avg_pool2d(x, self.config.adaptive_pool)
+        made: Tensor = self.bottleneck(self.norm(x))
+        if self.config.bottleneck_relu:
+            made = F.relu(made)
+        match self.config.residual:
+            case "add":
+                return made + _center(images, made.shape[-1])
+            case "cat":
+                return torch.cat([made, _center(images, made.shape[-1]).to(made.dtype)], dim=1)
+        return made
+
+    def _pooled(self, images: Tensor, code: Tensor | None) -> Tensor:
+        """Return the gated values after the average pooling, (B, features, h', w')."""
+        pool = self.config.pool
+        if code is not None and code.dtype == torch.uint8 and self.maps is None:
+            return self._from_bits(images, code)
+        if self.gate == "conv":
+            z = F.relu(self.linear(images))
+        else:
+            assert code is not None, "a layer with a dictionary needs the code"
+            z = self._gated(images, code)
+        return z if pool is None else F.avg_pool2d(z, pool, pool, ceil_mode=True)
+
+    def _from_bits(self, images: Tensor, bits: Tensor) -> Tensor:
+        pool, kind = self.config.pool, images.device.type
+        if self.gate == "full":
+            precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
+            with torch.autocast(kind, enabled=False):
+                return gated_pool(
+                    images.float(),
+                    bits,
+                    self.linear.weight,
+                    self.linear.bias,  # type: ignore[arg-type]
+                    patch_size=self.patch_size,
+                    pool=pool,
+                    precision=precision,
+                )
+        if pool is None:
+            return unpack_bits(bits, self.size).permute(0, 3, 1, 2).float()
+        return pooled_counts(bits, self.size, pool=pool, grid=None)
+
+    def _gated(self, images: Tensor, code: Tensor) -> Tensor:
+        """Return m or m (V x + b) at every position; with c maps their sums over entries / k."""
+        if code.dtype == torch.uint8:
+            code = unpack_bits(code, self.size).permute(0, 3, 1, 2)
+        if self.gate == "hard":
+            return code.float()
+        z: Tensor = self.linear(images)
+        if self.maps is None:
+            return z * code
+        assert self.k is not None, "several maps an entry are divided by k"
+        by_entry = z.view(len(z), self.maps, self.size, *z.shape[2:]) * code[:, None]
+        summed: Tensor = by_entry.sum(dim=2) / self.k
+        return summed
+
+
+def _map_side(config: LayerConfig, side: int) -> int:
+    if side < 1:
+        return 0
+    if config.pool is not None:
+        side = len(pooled_cells(side, config.pool))
+    side = config.adaptive_pool or side
+    return side if config.bottleneck is None else side - config.bottleneck_kernel + 1
+
+
+def _center(images: Tensor, side: int) -> Tensor:
+    """Return the middle square of images (B, C, S, S)."""
+    start = (images.shape[-1] - side) // 2
+    return images[..., start : start + side, start : start + side]
+
+
+class Block(nn.Module):
+    """A layer with its code and its classifier; with several k, one of each for every k."""
+
+    def __init__(
+        self, code: BitCode | TriangleCode | None, layers: Sequence[Layer], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.code = code
+        self.layers = nn.ModuleList(layers)
+        self.classifiers = nn.ModuleList(
+            nn.Linear(one.out_channels * one.out_side**2, num_classes) for one in layers
+        )
+
+    def maps(self, images: Tensor, codes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the map of each layer; codes: of these images, when they are known already."""
+        if self.code is None:
+            return [layer(images, None) for layer in self.layers]
+        found = self.code(images) if codes is None else codes
+        return [layer(images, code) for layer, code in zip(self.layers, found, strict=True)]
+
+    def logits(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return the classifier's logits (B, num_classes) of each map."""
+        pairs = zip(self.classifiers, maps, strict=True)
+        return [classifier(x.flatten(1)) for classifier, x in pairs]
+
+
+class PatchNetwork(nn.Module):
+    """Blocks on top of each other, of which only the last is trained; the others evaluate.
+
+    (In the released code the batch norm of a frozen first layer goes on using and gathering the
+    statistics of batches; here the map below a layer is one function of the image.)
+    """
+
+    def __init__(self, blocks: Sequence[Block], *, sum_logits: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.sum_logits = sum_logits
+        for block in self.below:
+            block.requires_grad_(False)
+
+    @property
+    def below(self) -> list[Block]:
+        """The blocks that are kept as they are, the lowest first."""
+        return [block for block in self.blocks if isinstance(block, Block)][:-1]
+
+    @property
+    def top(self) -> Block:
+        """The block that is trained."""
+        block = self.blocks[-1]
+        assert isinstance(block, Block), "a network is made of blocks"
+        return block
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """What the numbers of each output end in: "" for the first k, `_k16` for another."""
+        layers = [layer for layer in self.top.layers if isinstance(layer, Layer)]
+        return ("", *(f"_k{layer.k}" for layer in layers[1:]))
+
+    def train(self, mode: bool = True) -> PatchNetwork:
+        """Switch the top block to training or evaluation; the others always evaluate."""
+        super().train(mode)
+        for block in self.below:
+            block.eval()
+        return self
+
+    def forward(self, images: Tensor, codes: list[Tensor] | None = None) -> list[Tensor]:
+        """Return logits (B, num_classes) for every k of images (B, C, S, S), normalised.
+
+        codes: of the lowest block, when they are known already.
+        """
+        x, codes, summed = self.below_top(images, codes)
+        logits = self.top.logits(self.top.maps(x, codes))
+        return [one + summed for one in logits] if self.sum_logits and self.below else logits
+
+    @torch.no_grad()
+    def below_top(
+        self, images: Tensor, codes: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor] | None, Tensor | float]:
+        """Return what the top block reads, its codes if known, and the sum of logits below."""
+        x, summed = images, 0.0
+        total: Tensor | float = summed
+        for block in self.below:
+            [x] = block.maps(x, codes)
+            codes = None
+            if self.sum_logits:
+                total = total + block.logits([x])[0]
+        return x, codes, total
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """Return the first map of the top block, (B, channels, side, side)."""
+        x, codes, _ = self.below_top(images)
+        return self.top.maps(x, codes)[0]
+
+
+def code_block(
+    config: CodeConfig | DeeperCodeConfig,
+    dictionary: Dictionary,
+    *,
+    gate: Gate,
+    side: int,
+    num_classes: int,
+) -> Block:
+    """Return an untrained block on a dictionary, for maps of `side` with its channels.
+
+    Raises ValueError when a k is more than the dictionary has, or nothing is left of the map.
+    """
+    size, s = dictionary.size, dictionary.patch_size
+    channels = dictionary.kernel.shape[1] // s**2
+    ks = _ks(config, size)
+    each: Sequence[int | None] = ks or [None]
+    if max(ks, default=0) > size:
+        raise ValueError(f"k={max(ks)} is more than the {size} entries of the dictionary; lower it")
+    if len(set(ks)) < len(ks):
+        raise ValueError(f"k and also_k come to the same number of {size} entries: {ks}")
+    layers = [
+        Layer(config, gate=gate, size=size, patch_size=s, channels=channels, side=side, k=k)
+        for k in each
+    ]
+    return Block(_code(config, dictionary, ks), layers, num_classes)
+
+
+def _ks(config: CodeConfig | DeeperCodeConfig, size: int) -> list[int]:
+    """Return the number of entries for each network; none where the code knows no k."""
+    if isinstance(config, DeeperCodeConfig):
+        return [entries(config.k, size)]
+    if config.code == "triangle":
+        return []
+    return [entries(k, size) for k in (config.k, *config.also_k)]
+
+
+def _code(
+    config: CodeConfig | DeeperCodeConfig, dictionary: Dictionary, ks: Sequence[int]
+) -> BitCode | TriangleCode:
+    if isinstance(config, DeeperCodeConfig):
+        return BitCode(dictionary, ks=ks, kind="up_to")
+    if config.embedding != "dictionary":
+        dictionary = _random_like(dictionary)
+    if config.code == "triangle":
+        return TriangleCode(dictionary, is_trained=config.embedding == "learnable")
+    return BitCode(dictionary, ks=ks, kind=config.code)
+
+
+def _random_like(dictionary: Dictionary) -> Dictionary:
+    """Return kernel and bias as torch's convolution of this shape starts with."""
+    s = dictionary.patch_size
+    conv = nn.Conv2d(dictionary.kernel.shape[1] // s**2, dictionary.size, s)
+    assert conv.bias is not None
+    return Dictionary(conv.weight.detach().flatten(1), conv.bias.detach(), s)
+
+
+def conv_block(
+    config: VanillaConfig | DeeperConvConfig, *, channels: int, side: int, num_classes: int
+) -> Block:
+    """Return an untrained block of a convolution and ReLU in place of the code.
+
+    Raises ValueError when nothing is left of the map.
+    """
+    size, s = config.size, config.patch_size
+    layer = Layer(config, gate="conv", size=size, patch_size=s, channels=channels, side=side)
+    return Block(None, [layer], num_classes)
+
+
+def gate_of(config: PhiFullConfig | PhiHardConfig) -> Gate:
+    """Return what the layers of a network make of their codes."""
+    return "full" if isinstance(config, PhiFullConfig) else "hard"
