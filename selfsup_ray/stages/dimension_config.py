@@ -16,18 +16,6 @@ from selfsup_ray.ops.intrinsic_dimension import SETS, PointSet
 
 
 @config
-class EveryK:
-    """Every number of centroids from `first` to `last`, as in the published figure."""
-
-    first: Positive = 2
-    last: Positive = 1024
-
-    def __post_init__(self) -> None:
-        if self.last < self.first:
-            raise ValueError(f"`last` is {self.last}, below `first`, which is {self.first}")
-
-
-@config
 class LevinaBickelConfig:
     """Levina and Bickel's estimate: from which neighbors, of how many points."""
 
@@ -58,8 +46,11 @@ class DimensionConfig:
     """Patches drawn uniformly from all positions of all images; all where there are fewer."""
     sets: tuple[PointSet, ...] = SETS
     """Patches; whitened; whitened or not with every patch's values shuffled; Gaussian noise."""
-    ks: tuple[Positive, ...] | EveryK = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-    """Numbers of centroids: a list, or {first, last} for every number between."""
+    ks: tuple[Positive, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of centroids."""
+    between: bool = False
+    """Every number between the smallest and the largest of `ks` too: the published figure has all
+    from 2 to 1024."""
     whitening: Literal["pca", "zca"] = "pca"
     """By the covariance of all patches. A rotation apart, so it matters for whitened_shuffled."""
     regularization: NonNegativeFloat = 1e-3
@@ -82,14 +73,12 @@ class DimensionConfig:
     def __post_init__(self) -> None:
         for key in ("sets", "ks"):
             values = getattr(self, key)
-            if not isinstance(values, tuple):
-                continue
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"`{key}` needs at least one value and each once, got {values}")
 
     @property
     def all_k(self) -> tuple[int, ...]:
         """Every number of centroids, ascending."""
-        if isinstance(self.ks, EveryK):
-            return tuple(range(self.ks.first, self.ks.last + 1))
+        if self.between:
+            return tuple(range(min(self.ks), max(self.ks) + 1))
         return tuple(sorted(self.ks))
