@@ -50,7 +50,7 @@ COLLECTIVES_IN_OPS = ("selfsup_ray.collectives.Reduce", "selfsup_ray.collectives
 OWNERS = {
     "ray": ["cluster/"],
     "torch.distributed": ["collectives.py", "training.py"],
-    "faiss": ["ops/index.py", "ops/approximate.py", "ops/faiss_files.py"],
+    "faiss": ["ops/index.py", "ops/approximate.py", "ops/faiss_files.py", "ops/faiss_kmeans.py"],
     "mlflow": ["tracking.py"],
     "matplotlib": ["plots.py", "report.py"],
 }
