@@ -1,0 +1,64 @@
+"""Pictures of a dictionary: its entries as patches, and whitened, in the order of their size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from selfsup_ray.artifacts import Array, whole_file
+from selfsup_ray.stages.patch_dictionary import PatchDictionary
+
+SHOWN = 256
+"""Entries in a picture."""
+ACROSS = 16
+ENLARGED = 6
+"""Pixels of a picture for one of a patch."""
+
+
+def write_pictures(dictionary: PatchDictionary, out: Path) -> list[Path]:
+    """Write `raw.png` and `whitened.png`, the largest entries first; return their paths.
+
+    None where the patches are of maps with other than 1 or 3 channels.
+    """
+    if dictionary.raw.shape[1] not in (1, 3):
+        return []
+    paths = []
+    for name, patches in (("raw", dictionary.raw), ("whitened", dictionary.zca)):
+        shown = patches[by_size(dictionary.counts)[:SHOWN]]
+        path = out / f"{name}.png"
+        with whole_file(path) as temporary:
+            Image.fromarray(_picture(patch_tiles(shown))).save(temporary, "PNG")
+        paths.append(path)
+    return paths
+
+
+def by_size(counts: Array) -> Array:
+    """Return entries by the patches they stand for, most first, ties by lower entry: (N,) int64."""
+    return np.argsort(-counts, kind="stable")
+
+
+def patch_tiles(patches: Array) -> Array:
+    """Return patches (n, C, s, s) as pictures (n, s, s, 3) uint8, C = 1 or 3.
+
+    Each is stretched to the whole range of levels by itself, as an entry's pattern may be faint.
+    """
+    low = patches.min(axis=(1, 2, 3), keepdims=True)
+    span = np.ptp(patches, axis=(1, 2, 3), keepdims=True)
+    levels = np.where(span > 0, (patches - low) / np.where(span > 0, span, 1), 0.5) * 255
+    tiles = levels.round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.repeat(tiles, 3, axis=3) if tiles.shape[3] == 1 else tiles
+
+
+def _picture(tiles: Array) -> Array:
+    """Return tiles (n, s, s, 3) enlarged, in rows with a white line between them."""
+    n, s = tiles.shape[:2]
+    columns = min(ACROSS, n)
+    rows, pitch = -(-n // columns), s * ENLARGED + 2
+    whole = np.full((rows * pitch, columns * pitch, 3), 255, np.uint8)
+    large = tiles.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+    for i, tile in enumerate(large):
+        top, left = (i // columns) * pitch, (i % columns) * pitch
+        whole[top + 1 : top + 1 + len(tile), left + 1 : left + 1 + len(tile)] = tile
+    return whole
