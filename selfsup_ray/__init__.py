@@ -45,11 +45,14 @@ if TYPE_CHECKING:
     )
     from selfsup_ray.stages.lowshot import LowShot, low_shot
     from selfsup_ray.stages.lowshot_config import LowShotConfig
+    from selfsup_ray.stages.patch_dictionary import PatchDictionary
+    from selfsup_ray.stages.patches import PatchesConfig, fit_patches
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
     from selfsup_ray.stages.probe import ProbeConfig, probe
     from selfsup_ray.stages.reduce import ReduceConfig, Reduced, reduce
     from selfsup_ray.stages.scan import ScanConfig, scan
     from selfsup_ray.stages.selflabel import SelfLabelConfig, self_label
+    from selfsup_ray.stages.whiten import PatchSample, WhitenConfig, whiten
     from selfsup_ray.steps import open_artifact as open
     from selfsup_ray.sweeping import sweep
 
@@ -82,11 +85,14 @@ _HOMES = {
     "stages.interop": ["export_graph", "to_csr", "to_opentsne", "to_scikit_learn", "to_umap"],
     "stages.lowshot": ["LowShot", "low_shot"],
     "stages.lowshot_config": ["LowShotConfig"],
+    "stages.patch_dictionary": ["PatchDictionary"],
+    "stages.patches": ["PatchesConfig", "fit_patches"],
     "stages.pretext": ["PretextConfig", "pretrain"],
     "stages.probe": ["ProbeConfig", "probe"],
     "stages.reduce": ["ReduceConfig", "Reduced", "reduce"],
     "stages.scan": ["ScanConfig", "scan"],
     "stages.selflabel": ["SelfLabelConfig", "self_label"],
+    "stages.whiten": ["PatchSample", "WhitenConfig", "whiten"],
     "steps": ["open_artifact"],
     "sweeping": ["sweep"],
 }
@@ -114,7 +120,10 @@ __all__ = [
     "LowShot",
     "LowShotConfig",
     "MoCoConfig",
+    "PatchDictionary",
     "PatchDimension",
+    "PatchSample",
+    "PatchesConfig",
     "PretextConfig",
     "ProbeConfig",
     "ReduceConfig",
@@ -126,12 +135,14 @@ __all__ = [
     "SelfLabelConfig",
     "SimCLRConfig",
     "UserError",
+    "WhitenConfig",
     "build_graph",
     "diffuse",
     "embed",
     "evaluate",
     "export",
     "export_graph",
+    "fit_patches",
     "import_features",
     "import_graph",
     "ingest",
@@ -151,6 +162,7 @@ __all__ = [
     "to_opentsne",
     "to_scikit_learn",
     "to_umap",
+    "whiten",
     "write_report",
 ]
 

@@ -17,14 +17,19 @@ from selfsup_ray.config import Resources
 from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.data.views import Views, ViewsConfig
 from selfsup_ray.experiment import Experiment
-from selfsup_ray.models.backbones import BackboneConfig, build_backbone
+from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig, build_backbone
 from selfsup_ray.models.pretext import MoCoConfig
+from selfsup_ray.ops.patch_sampling import num_positions
 from selfsup_ray.ops.spreading import spread_bytes
 from selfsup_ray.tracking import read_records
 from selfsup_ray.training import TrainConfig
 
 GPU_FLOPS = 30e12
 """Multiplications and additions a second that a data-centre GPU reaches on ResNets in bfloat16."""
+COVARIANCE_FLOPS = 40e9
+"""Multiplications and additions a second of the sums over all patches on one CPU core, measured."""
+PATCH_S = 2e-6
+"""Seconds to draw, cut out and store a patch."""
 LINKS_PER_NEIGHBOR = 1.45
 """Links of an image for each neighbor it lists, once every link goes both ways."""
 LINK_CLASSES_PER_S = 5e9
@@ -69,6 +74,8 @@ class Network:
 @functools.cache
 def network(backbone: BackboneConfig, side: int) -> Network:
     """Return the size of a backbone for images of `side` pixels; nothing is computed."""
+    if isinstance(backbone, PatchBackboneConfig):
+        return _patch_network(backbone, side)
     with torch.device("meta"):
         module = build_backbone(backbone)
         image = torch.empty(1, 3, side, side)
@@ -87,10 +94,20 @@ def network(backbone: BackboneConfig, side: int) -> Network:
     return Network(module.dim, parameters, int(counter.get_total_flops()), sum(sizes))
 
 
+def _patch_network(backbone: PatchBackboneConfig, side: int) -> Network:
+    """Return the size of a code: distances of every position to every entry, kept as bits."""
+    positions = num_positions(side, side, patch_size=backbone.patch_size)
+    values = backbone.size * (backbone.channels * backbone.patch_size**2 + 1)
+    kept = positions * backbone.size // 8 + backbone.dim * 4
+    return Network(backbone.dim, values, 2 * positions * values, kept)
+
+
 @functools.cache
 def forward_seconds(backbone: BackboneConfig, side: int, *, bfloat16: bool) -> float:
     """Return the seconds one core of this machine takes for an image forward, by a short trial."""
     module = build_backbone(backbone).to(memory_format=torch.channels_last)
+    for values in module.buffers() if isinstance(backbone, PatchBackboneConfig) else ():
+        values.normal_(generator=torch.Generator().manual_seed(0))  # zeros would all be ties
     images = torch.rand(TIMED_IMAGES, 3, side, side).to(memory_format=torch.channels_last)
 
     def forward() -> None:
@@ -153,6 +170,10 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
             return _ingest(experiment, num_images)
         case "pretext" | "scan" | "selflabel":
             return _training(experiment, stage, num_images, folder)
+        case "whiten":
+            return _whiten(experiment, num_images)
+        case "patches":
+            return _patches(experiment)
         case "dimension":
             return _dimension(experiment, num_images)
         case "embed":
@@ -218,11 +239,11 @@ def _described(e: Experiment, stage: str) -> _Training:
 
 
 def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
-    assert e.pretext is not None and e.ingest is not None
+    assert e.ingest is not None
     made = _described(e, stage)
     if made.config.epochs == 0:
         return Cost(memory_bytes=WORKER_BYTES, assumes="initial_weights are kept as they are")
-    side, backbone = made.views.size or e.ingest.image_size, e.pretext.backbone
+    side, backbone = made.views.size or e.ingest.image_size, _backbone(e)
     net, bfloat16 = network(backbone, side), made.config.precision == "bfloat16"
     ask, batch = made.config.resources, made.config.batch_size
     per_worker = batch / max(ask.workers, 1) / made.config.accumulate
@@ -280,12 +301,58 @@ def _dimension(e: Experiment, n: int) -> Cost:
     )
 
 
+def _backbone(e: Experiment) -> BackboneConfig:
+    """Return the backbone of the experiment's encoder."""
+    if e.pretext is not None:
+        return e.pretext.backbone
+    assert e.patches is not None and e.whiten is not None
+    made = e.patches
+    return PatchBackboneConfig(
+        size=made.entries,
+        k=made.backbone_k,
+        patch_size=e.whiten.patch_size,
+        code=made.code,
+        grid=made.grid,
+        precision=made.precision,
+    )
+
+
+def _whiten(e: Experiment, n: int) -> Cost:
+    assert e.whiten is not None and e.ingest is not None
+    made, ask, side = e.whiten, e.whiten.resources, e.ingest.image_size
+    d = 3 * made.patch_size**2
+    read = made.source == "images"
+    # Each pixel is multiplied with those below and beside it, once for every row of a patch.
+    work = 2.0 * n * side**2 * 3 * made.patch_size * 3 * min(32 + made.patch_size, side)
+    return Cost(
+        memory_bytes=WORKER_BYTES + made.patches * 64 + 500_000_000,
+        disk_bytes=made.patches * d * 4,
+        seconds=(work / COVARIANCE_FLOPS if read else 0.0) / (max(ask.workers, 1) * ask.cpus)
+        + made.patches * PATCH_S,
+        assumes=f"{made.patches:,} patches of {d} numbers, the images read once",
+    )
+
+
+def _patches(e: Experiment) -> Cost:
+    assert e.patches is not None and e.whiten is not None
+    made, ask, d = e.patches, e.patches.resources, 3 * e.whiten.patch_size**2
+    rounds = {"kmeans": made.iterations + 1, "farthest": 1, "sample": 0}[made.select]
+    workers = max(ask.workers, 1)
+    rate = workers * (ask.gpus * GPU_FLOPS if ask.gpus else ask.cpus * KMEANS_FLOPS)
+    return Cost(
+        memory_bytes=WORKER_BYTES + made.patches * d * 6 // workers + made.size * d * 16,
+        disk_bytes=made.entries * d * 4 * 6,
+        seconds=2.0 * made.patches * made.size * d * rounds / rate,
+        assumes=f"{made.patches:,} patches, {rounds} times compared with {made.size:,} entries",
+    )
+
+
 def _embed(e: Experiment, n: int) -> Cost:
-    assert e.pretext is not None and e.ingest is not None and e.embed is not None
-    side = e.pretext.views.size or e.ingest.image_size
-    net, batch = network(e.pretext.backbone, side), e.embed.batch_size
+    assert e.ingest is not None and e.embed is not None
+    side = (e.pretext.views.size if e.pretext else None) or e.ingest.image_size
+    net, batch = network(_backbone(e), side), e.embed.batch_size
     seconds, note = network_seconds(
-        e.pretext.backbone,
+        _backbone(e),
         side,
         passes=1,
         resources=e.embed.resources,
@@ -301,8 +368,8 @@ def _embed(e: Experiment, n: int) -> Cost:
 
 
 def _reduce(e: Experiment, n: int) -> Cost:
-    assert e.pretext is not None and e.reduce is not None
-    ask, d = e.reduce.resources, network(e.pretext.backbone, 64).dim
+    assert e.reduce is not None
+    ask, d = e.reduce.resources, _backbone(e).dim
     m = min(e.reduce.sample, n)
     threads = max(1, int(ask.cpus))
     # Moments in float64 run at half the speed of the products in float32.
@@ -329,8 +396,7 @@ def _graph(e: Experiment, n: int) -> Cost:
 
 def _searched_dim(e: Experiment) -> int:
     """Return the width of the rows that the graph is built on, at most."""
-    assert e.pretext is not None
-    dim = network(e.pretext.backbone, 64).dim
+    dim = _backbone(e).dim
     return dim if e.reduce is None else min(dim, e.reduce.dim)
 
 
@@ -350,8 +416,7 @@ def _diffuse(e: Experiment, n: int) -> Cost:
 
 
 def _probe(e: Experiment, n: int) -> Cost:
-    assert e.pretext is not None
-    dim = network(e.pretext.backbone, 64).dim
+    dim = _backbone(e).dim
     return Cost(
         memory_bytes=WORKER_BYTES + n * dim * 4,
         disk_bytes=1_000_000,

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfsup_ray.config import NonNegative, config, override
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.models.patch_backbone import PIXEL_MEAN, PIXEL_STD
 from selfsup_ray.models.pretext import check_method
 from selfsup_ray.stages import STAGES
 from selfsup_ray.stages.diffuse import DiffuseConfig
@@ -18,27 +19,36 @@ from selfsup_ray.stages.export import ExportConfig
 from selfsup_ray.stages.graph import GraphConfig
 from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.lowshot_config import LowShotConfig
+from selfsup_ray.stages.patches import PatchesConfig
 from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.stages.probe import ProbeConfig
 from selfsup_ray.stages.reduce import ReduceConfig
 from selfsup_ray.stages.scan import ScanConfig
 from selfsup_ray.stages.selflabel import SelfLabelConfig
+from selfsup_ray.stages.whiten import WhitenConfig
 from selfsup_ray.tracking import TrackingConfig
+
+ENCODERS = ("pretext", "patches")
+"""Stages that make the encoder which later stages read; an experiment has one of them."""
+ENCODER = "encoder"
+"""Stands in NEEDS for the one of ENCODERS that an experiment has."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "dimension": ("ingest",),
     "pretext": ("ingest",),
-    "embed": ("ingest", "pretext"),
+    "whiten": ("ingest",),
+    "patches": ("ingest", "whiten"),
+    "embed": ("ingest", ENCODER),
     "reduce": ("embed",),
     "graph": ("embed",),
-    "scan": ("ingest", "pretext", "graph"),
+    "scan": ("ingest", ENCODER, "graph"),
     "selflabel": ("ingest", "scan"),
     "diffuse": ("ingest", "graph"),
     "probe": ("ingest", "embed"),
     "lowshot": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
-    "export": ("ingest", "pretext"),
+    "export": ("ingest", ENCODER),
 }
 """Stages whose result a stage cannot do without."""
 
@@ -63,6 +73,8 @@ class Experiment:
     ingest: IngestConfig | None = None
     dimension: DimensionConfig | None = None
     pretext: PretextConfig | None = None
+    whiten: WhitenConfig | None = None
+    patches: PatchesConfig | None = None
     embed: EmbedConfig | None = None
     reduce: ReduceConfig | None = None
     graph: GraphConfig | None = None
@@ -80,9 +92,7 @@ class Experiment:
         if self.ingest and self.ingest.source is None:
             raise ValueError("ingest.source is required: a folder, glob, table or archive")
         for stage in self.stages:
-            for needed in NEEDS[stage]:
-                if needed not in self.stages:
-                    raise ValueError(f"{stage} needs {needed}: add the key `{needed}: {{}}`")
+            self._require_inputs(stage)
         if self.pretext and self.pretext.epochs:
             check_method(self.pretext.method, batch_size=self.pretext.batch_size)
         if self.scan and self.graph and self.scan.num_neighbors > self.graph.k:
@@ -90,6 +100,47 @@ class Experiment:
                 f"scan.num_neighbors={self.scan.num_neighbors} is more than the "
                 f"graph.k={self.graph.k} neighbors that are mined; raise graph.k"
             )
+        self._require_patches()
+
+    def _require_inputs(self, stage: str) -> None:
+        for needed in NEEDS[stage]:
+            if needed == ENCODER and not any(name in self.stages for name in ENCODERS):
+                raise ValueError(
+                    f"{stage} needs pretext: add the key `pretext: {{}}`, or `whiten: {{}}` and "
+                    f"`patches: {{}}`"
+                )
+            if needed not in (*self.stages, ENCODER):
+                raise ValueError(f"{stage} needs {needed}: add the key `{needed}: {{}}`")
+
+    def _require_patches(self) -> None:
+        if self.whiten and self.ingest and self.whiten.patch_size > self.ingest.image_size:
+            raise ValueError(
+                f"whiten.patch_size={self.whiten.patch_size} does not fit into images of "
+                f"ingest.image_size={self.ingest.image_size}; lower it"
+            )
+        if not self.patches or not self.whiten:
+            return
+        if self.pretext:
+            raise ValueError(
+                "pretext and patches each make the encoder that embed reads: give one of them"
+            )
+        if self.patches.patches > self.whiten.patches:
+            raise ValueError(
+                f"patches.size={self.patches.size} looks at {self.patches.patches} patches, but "
+                f"whiten.patches={self.whiten.patches} are drawn; raise whiten.patches"
+            )
+        for stage in (self.scan, self.selflabel):
+            if stage and (stage.views.mean, stage.views.std) != (PIXEL_MEAN, PIXEL_STD):
+                name = "scan" if stage is self.scan else "selflabel"
+                raise ValueError(
+                    f"{name}.views.mean and {name}.views.std must be [0.5, 0.5, 0.5] after "
+                    f"patches, whose codes are of levels in [-1, 1]"
+                )
+
+    @property
+    def encoder(self) -> str | None:
+        """Name of the stage that makes the encoder; None without one."""
+        return next((name for name in ENCODERS if name in self.stages), None)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -98,7 +149,8 @@ class Experiment:
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """Return the stages of this experiment whose results a stage reads."""
-        wanted = (*NEEDS[stage], *USES.get(stage, ()))
+        wanted = {*NEEDS[stage], *USES.get(stage, ())}
+        wanted |= {self.encoder or ""} if ENCODER in wanted else set()
         return tuple(name for name in self.stages if name in wanted)
 
     def folder(self, stage: str) -> Path:

@@ -20,6 +20,7 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.sources import Source
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
+from selfsup_ray.ops.patch_sampling import num_positions
 from selfsup_ray.progress import clock
 from selfsup_ray.steps import Folders, open_artifact
 
@@ -213,10 +214,24 @@ def _require_enough(experiment: Experiment, n: int) -> None:
                 f"{stage}.batch_size={config.batch_size}, but there are only {n:,} images. "
                 f"Lower it to {n} or less."
             )
+    _require_patches(experiment, n)
     if experiment.graph is not None and experiment.graph.k >= n:
         raise ConfigError(
             f"graph.k={experiment.graph.k}, but there are only {n:,} images, each with "
             f"{max(n - 1, 0):,} others. Lower it."
+        )
+
+
+def _require_patches(experiment: Experiment, n: int) -> None:
+    whiten, ingest = experiment.whiten, experiment.ingest
+    if whiten is None or ingest is None or whiten.source != "images":
+        return
+    side = ingest.image_size
+    total = n * num_positions(side, side, patch_size=whiten.patch_size)
+    if whiten.patches > total:
+        raise ConfigError(
+            f"whiten.patches={whiten.patches}, but {n:,} images of {side} x {side} pixels have "
+            f"only {total:,} patches. Lower it."
         )
 
 

@@ -31,6 +31,7 @@ ORDER = (
         "ingest",
         "dimension",
         "pretext",
+        "whiten",
         "patches",
         "embed",
         "reduce",

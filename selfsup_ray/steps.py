@@ -21,11 +21,13 @@ from selfsup_ray.stages.export import Exported, export
 from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
 from selfsup_ray.stages.lowshot import LowShot, low_shot
+from selfsup_ray.stages.patches import fit_patches
 from selfsup_ray.stages.pretext import pretrain
 from selfsup_ray.stages.probe import Probe, probe
 from selfsup_ray.stages.reduce import Reduced, reduce
 from selfsup_ray.stages.scan import scan
 from selfsup_ray.stages.selflabel import self_label
+from selfsup_ray.stages.whiten import PatchSample, whiten
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -38,6 +40,7 @@ Artifact = (
     Corpus
     | PatchDimension
     | Encoder
+    | PatchSample
     | Embeddings
     | Reduced
     | Graph
@@ -56,6 +59,8 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "ingest": Corpus.open,
     "dimension": PatchDimension.open,
     "pretext": Encoder.open,
+    "whiten": PatchSample.open,
+    "patches": Encoder.open,
     "embed": Embeddings.open,
     "reduce": Reduced.open,
     "graph": Graph.open,
@@ -105,8 +110,22 @@ def _pretext(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     pretrain(Corpus.open(at("ingest")), e.pretext, out=at("pretext"), tracker=tracker)
 
 
+def _whiten(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    whiten(Corpus.open(at("ingest")), e.whiten, out=at("whiten"), tracker=tracker)
+
+
+def _patches(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus, sample = Corpus.open(at("ingest")), PatchSample.open(at("whiten"))
+    fit_patches(corpus, sample, e.patches, out=at("patches"), tracker=tracker)
+
+
+def _encoder(e: Experiment, at: Folders) -> Encoder:
+    assert e.encoder is not None, "the experiment checks that there is an encoder"
+    return Encoder.open(at(e.encoder))
+
+
 def _embed(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
-    corpus, encoder = Corpus.open(at("ingest")), Encoder.open(at("pretext"))
+    corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
     embed(corpus, encoder, e.embed, out=at("embed"), tracker=tracker)
 
 
@@ -129,7 +148,7 @@ def _graph(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 
 def _scan(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     assert e.scan is not None
-    corpus, encoder = Corpus.open(at("ingest")), Encoder.open(at("pretext"))
+    corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
     scan(corpus, encoder, Graph.open(at("graph")), e.scan, out=at("scan"), tracker=tracker)
 
 
@@ -188,7 +207,7 @@ def _evaluate(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 def _export(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     names = [name for name in CLUSTERINGS if name in e.stages]
     clusterer = Clusterer.open(at(names[-1])) if names else None
-    corpus, encoder = Corpus.open(at("ingest")), Encoder.open(at("pretext"))
+    corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
     export(corpus, encoder, clusterer, e.export, out=at("export"), tracker=tracker)
 
 
@@ -196,6 +215,8 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "ingest": _ingest,
     "dimension": _dimension,
     "pretext": _pretext,
+    "whiten": _whiten,
+    "patches": _patches,
     "embed": _embed,
     "reduce": _reduce,
     "graph": _graph,

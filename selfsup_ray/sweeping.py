@@ -216,7 +216,7 @@ def run_trial(
         _build(stage, trial, folders)
     found = numbers({stage: folders[stage] for stage in trial.stages})
     if metric == "rankme":
-        found["rankme"] = rankme(Corpus.open(folders["ingest"]), Encoder.open(folders["pretext"]))
+        found["rankme"] = rankme(*_inputs_of_rankme(trial, folders))
     matching = [key for key in found if f".{key}".endswith(f".{metric}")]
     if not matching:
         raise ConfigError(
@@ -224,6 +224,12 @@ def run_trial(
             f"rankme, {', '.join(sorted(found))}."
         )
     return found | {metric: found[matching[-1]]}
+
+
+def _inputs_of_rankme(trial: Experiment, folders: Mapping[str, Path]) -> tuple[Corpus, Encoder]:
+    if trial.encoder is None:
+        raise ConfigError("metric=rankme is of an encoder: add the stage pretext or patches.")
+    return Corpus.open(folders["ingest"]), Encoder.open(folders[trial.encoder])
 
 
 def rankme(corpus: Corpus, encoder: Encoder) -> float:

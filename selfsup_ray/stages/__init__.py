@@ -4,6 +4,8 @@ STAGES = (
     "ingest",
     "dimension",
     "pretext",
+    "whiten",
+    "patches",
     "embed",
     "reduce",
     "graph",
