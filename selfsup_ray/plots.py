@@ -120,6 +120,55 @@ def plot_steps(
     ax.legend(ncols=2)
 
 
+def plot_beside(
+    measured: Mapping[str, Mapping[float, float]],
+    published: Mapping[str, Mapping[float, float]],
+    ax: Axes,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Measured values by x, one line a series; the published ones dashed, hollow, in its color.
+
+    Where every x is positive and they span a factor of 20 and more, the axis is logarithmic.
+    """
+    names = list(dict.fromkeys([*measured, *published]))
+    for name, color in zip(names, _cycle(SERIES, len(names)), strict=True):
+        for by_x, line, face in ((measured, "-", color), (published, "--", "none")):
+            if name not in by_x:
+                continue
+            x = np.array(sorted(by_x[name]), float)
+            y = np.array([by_x[name][at] for at in sorted(by_x[name])], float)
+            marker: Any = {"marker": "o", "markersize": 3.5} if len(x) <= 40 else {}
+            label = name if face == color else f"{name}, published"
+            ax.plot(
+                x, y, line, color=color, linewidth=1.2, markerfacecolor=face, label=label, **marker
+            )
+    every = [x for series in (measured, published) for points in series.values() for x in points]
+    if every and min(every) > 0 and max(every) >= 20 * min(every):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.5)
+    if len(ax.get_lines()) > 1:
+        ax.legend(ncols=2 if len(ax.get_lines()) > 4 else 1)
+
+
+def plot_values(names: Sequence[str], values: Array, ax: Axes, *, xlabel: str, title: str) -> None:
+    """One bar a name, from the top, with its value; the axis starts near the smallest."""
+    place = np.arange(len(names))
+    ax.barh(place, values, color=ACCENT, height=0.65)
+    for y, value in zip(place.tolist(), values.tolist(), strict=True):
+        ax.text(value, y, f" {value:.4g}", va="center", fontsize=8)
+    ax.set_yticks(place, [shortened(name, 40) for name in names])
+    low, high = float(values.min()), float(values.max())
+    room = max(high - low, 0.02 * abs(high), 1e-9)
+    ax.set_xlim(low - 0.5 * room, high + 0.25 * room)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, title=title)
+
+
 def plot_cluster_sizes(sizes: Array, ax: Axes) -> None:
     """Images per cluster, largest first; the dashed line marks a balanced split."""
     order = np.sort(sizes)[::-1]

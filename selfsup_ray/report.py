@@ -13,6 +13,7 @@ from selfsup_ray.report_clusters import (
 )
 from selfsup_ray.report_confusion import confusion_section
 from selfsup_ray.report_diffuse import diffuse_section
+from selfsup_ray.report_dimension import dimension_section
 from selfsup_ray.report_graph import duplicates_section, hubs_section, outliers_section
 from selfsup_ray.report_html import Section, page
 from selfsup_ray.report_lowshot import lowshot_section
@@ -31,6 +32,7 @@ SECTIONS = (
     scores_section,
     diffuse_section,
     lowshot_section,
+    dimension_section,
     map_section,
     neighbors_section,
     duplicates_section,

@@ -22,6 +22,7 @@ LEVELS = {
             "steps",
             "costs",
             "costs_graph",
+            "costs_network",
             "planning",
             "pipeline",
             "sweeping",
@@ -33,7 +34,9 @@ LEVELS = {
     **dict.fromkeys(
         ["report_diffuse", "report_lowshot", "report_run", "report_scores", "report_sections"], 4
     ),
+    **dict.fromkeys(["report_patches"], 4),
     **dict.fromkeys(["report_graph", "report_map", "report_neighbors"], 4),
+    **dict.fromkeys(["report_classify", "report_dimension", "report_published", "report_sweep"], 4),
     **dict.fromkeys(["cli", "__init__", "__main__"], 5),
 }
 # Imports between two packages of one level that the design asks for; the other way is refused.
