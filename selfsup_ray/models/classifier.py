@@ -27,7 +27,7 @@ class LabelledViews(Protocol):
 
     def __len__(self) -> int: ...
 
-    def views(self, positions: Array) -> list[Tensor]:
+    def batch(self, positions: Array) -> list[Tensor]:
         """Return what the objective's forward takes as views, of these positions."""
         ...
 
@@ -36,9 +36,10 @@ class Classifier(Objective):
     """A labelled network with one output or several, each with a loss of its own.
 
     network(images, codes) gives a list of logits (B, C); its `head_names` say what the numbers of
-    each end in. labels: (n,) int64 by the position that `forward` gets as id. measured: name ->
-    images whose accuracy is measured after every `every` epochs and after the last. Batch norm is
-    over all ranks, so that the network does not depend on their number.
+    each end in, its `output_names` the k of each, or "-". labels: (n,) int64 by the position that
+    `forward` gets as id. measured: name -> images whose accuracy is measured after every `every`
+    epochs and after the last. Batch norm is over all ranks, so that the network does not depend on
+    their number.
     """
 
     labels: Tensor
@@ -56,6 +57,7 @@ class Classifier(Objective):
         super().__init__()
         self.network = network
         self.head_names: tuple[str, ...] = network.head_names  # type: ignore[assignment]
+        self.output_names: tuple[str, ...] = network.output_names  # type: ignore[assignment]
         self.measured, self.epochs, self.every = dict(measured), epochs, every
         self.precision = precision
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
@@ -110,7 +112,7 @@ class Classifier(Objective):
         """Return the class (n,) that each output gives to these images, in evaluation mode."""
         before, device = self.training, self.labels.device
         self.eval()
-        views = [view.to(device) for view in images.views(positions)]
+        views = [view.to(device) for view in images.batch(positions)]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             found = [logits.argmax(dim=1) for logits in self.outputs(views)]
         self.train(before)

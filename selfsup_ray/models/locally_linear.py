@@ -277,6 +277,12 @@ class PatchNetwork(nn.Module):
         layers = [layer for layer in self.top.layers if isinstance(layer, Layer)]
         return ("", *(f"_k{layer.k}" for layer in layers[1:]))
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The k of each output, "-" where there is none."""
+        layers = [layer for layer in self.top.layers if isinstance(layer, Layer)]
+        return tuple("-" if layer.k is None else str(layer.k) for layer in layers)
+
     def train(self, mode: bool = True) -> PatchNetwork:
         """Switch the top block to training or evaluation; the others always evaluate."""
         super().train(mode)

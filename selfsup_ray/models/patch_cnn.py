@@ -15,8 +15,8 @@ class PatchCNN(nn.Module):
     ignores it.
     """
 
-    num_heads = 1
     head_names = ("",)
+    output_names = ("-",)
 
     def __init__(
         self, config: CNNConfig, *, image_size: int, num_classes: int, channels: int = 3

@@ -34,6 +34,7 @@ class SimpleNetwork(nn.Module):
                 f"k={k} is more than the {dictionary.size} entries of the dictionary; lower it"
             )
         self.code = BitCode(dictionary, ks=(k,), kind="up_to")
+        self.output_names = (str(k),)
         self.size = dictionary.size
         side = image_size - dictionary.patch_size + 1
         values = dictionary.kernel.numel()

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.stages.lowshot_config import (
     BackgroundConfig,
     ClassesConfig,
+    HeldOutConfig,
     HeldOutRows,
     HeldOutShare,
     HeldOutSources,
@@ -145,7 +147,19 @@ def _named(label: int, class_names: list[str] | None) -> str:
     return f"{label} ({class_names[label]})" if known and class_names is not None else str(label)
 
 
-def held_out(labels: Array, config: LowShotConfig, sources: Sources | None) -> Array:
+class HoldsOut(Protocol):
+    """A stage's config that says which images are kept for testing."""
+
+    @property
+    def test(self) -> HeldOutConfig: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def held_out(
+    labels: Array, config: HoldsOut, sources: Sources | None, *, stage: str = "lowshot"
+) -> Array:
     """Return which images are for testing: (N,) bool.
 
     By share: of every class that share, rounded, at least one where the class has two images.
@@ -158,17 +172,17 @@ def held_out(labels: Array, config: LowShotConfig, sources: Sources | None) -> A
             is_test = np.arange(len(labels)) >= first
             if not is_test.any():
                 raise ConfigError(
-                    f"lowshot.test.first={first} leaves no test image: there are {len(labels):,} "
+                    f"{stage}.test.first={first} leaves no test image: there are {len(labels):,} "
                     f"images. Lower it."
                 )
             return is_test
         case HeldOutSources(pattern=pattern):
             if sources is None:
                 raise ConfigError(
-                    f"lowshot.test.pattern={pattern!r} needs the sources of the images, which were "
-                    f"not given. Use lowshot.test.name=share or rows."
+                    f"{stage}.test.pattern={pattern!r} needs the sources of the images, which were "
+                    f"not given. Use {stage}.test.name=share or rows."
                 )
-            return _matching(len(labels), pattern, sources)
+            return _matching(len(labels), pattern, sources, stage)
 
 
 def _share_of_each_class(labels: Array, share: float, *, seed: int) -> Array:
@@ -181,7 +195,7 @@ def _share_of_each_class(labels: Array, share: float, *, seed: int) -> Array:
     return is_test
 
 
-def _matching(n: int, pattern: str, sources: Sources) -> Array:
+def _matching(n: int, pattern: str, sources: Sources, stage: str) -> Array:
     fits = re.compile(fnmatch.translate(pattern)).match
     is_test = np.zeros(n, bool)
     for start in range(0, n, _SOURCES):
@@ -190,7 +204,7 @@ def _matching(n: int, pattern: str, sources: Sources) -> Array:
     if not is_test.any():
         example = sources(np.array([0]))[0] if n else "nothing"
         raise ConfigError(
-            f"lowshot.test.pattern={pattern!r} matches no image's source, such as {example!r}. "
+            f"{stage}.test.pattern={pattern!r} matches no image's source, such as {example!r}. "
             f"A pattern is compared with the whole source; * stands for any text."
         )
     return is_test
