@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from selfsup_ray.pipeline import run
     from selfsup_ray.planning import plan
     from selfsup_ray.report import write_report
+    from selfsup_ray.stages.classify import Classified, classify
+    from selfsup_ray.stages.classify_config import ClassifyConfig
     from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion, diffuse
     from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
     from selfsup_ray.stages.dimension_config import DimensionConfig
@@ -68,6 +70,8 @@ _HOMES = {
     "pipeline": ["run"],
     "planning": ["plan"],
     "report": ["write_report"],
+    "stages.classify": ["Classified", "classify"],
+    "stages.classify_config": ["ClassifyConfig"],
     "stages.diffuse": ["DiffuseConfig", "Diffusion", "diffuse"],
     "stages.dimension": ["PatchDimension", "patch_dimension"],
     "stages.dimension_config": ["DimensionConfig"],
@@ -100,6 +104,8 @@ _PUBLIC = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "Classified",
+    "ClassifyConfig",
     "Clusterer",
     "ConfigError",
     "Corpus",
@@ -137,6 +143,7 @@ __all__ = [
     "UserError",
     "WhitenConfig",
     "build_graph",
+    "classify",
     "diffuse",
     "embed",
     "evaluate",

@@ -11,6 +11,7 @@ from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.patch_backbone import PIXEL_MEAN, PIXEL_STD
 from selfsup_ray.models.pretext import check_method
 from selfsup_ray.stages import STAGES
+from selfsup_ray.stages.classify_config import ClassifyConfig
 from selfsup_ray.stages.diffuse import DiffuseConfig
 from selfsup_ray.stages.dimension_config import DimensionConfig
 from selfsup_ray.stages.embed import EmbedConfig
@@ -39,6 +40,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "pretext": ("ingest",),
     "whiten": ("ingest",),
     "patches": ("ingest", "whiten"),
+    "classify": ("ingest",),
     "embed": ("ingest", ENCODER),
     "reduce": ("embed",),
     "graph": ("embed",),
@@ -53,6 +55,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 """Stages whose result a stage cannot do without."""
 
 USES: dict[str, tuple[str, ...]] = {
+    "classify": ("patches",),
     "graph": ("reduce",),
     "lowshot": ("reduce",),
     "evaluate": ("graph", "scan", "selflabel"),
@@ -75,6 +78,7 @@ class Experiment:
     pretext: PretextConfig | None = None
     whiten: WhitenConfig | None = None
     patches: PatchesConfig | None = None
+    classify: ClassifyConfig | None = None
     embed: EmbedConfig | None = None
     reduce: ReduceConfig | None = None
     graph: GraphConfig | None = None
@@ -117,6 +121,11 @@ class Experiment:
             raise ValueError(
                 f"whiten.patch_size={self.whiten.patch_size} does not fit into images of "
                 f"ingest.image_size={self.ingest.image_size}; lower it"
+            )
+        if self.classify and self.classify.needs_dictionary and not self.patches:
+            raise ValueError(
+                f"classify.model.name={self.classify.model.name} needs patches: add the keys "
+                f"`whiten: {{}}` and `patches: {{}}`, or choose vanilla or cnn"
             )
         if not self.patches or not self.whiten:
             return

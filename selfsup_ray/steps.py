@@ -13,6 +13,7 @@ from selfsup_ray.errors import ArtifactError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.stages.classify import Classified, classify
 from selfsup_ray.stages.diffuse import Diffusion, diffuse
 from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
 from selfsup_ray.stages.embed import Embeddings, embed
@@ -41,6 +42,7 @@ Artifact = (
     | PatchDimension
     | Encoder
     | PatchSample
+    | Classified
     | Embeddings
     | Reduced
     | Graph
@@ -61,6 +63,7 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "pretext": Encoder.open,
     "whiten": PatchSample.open,
     "patches": Encoder.open,
+    "classify": Classified.open,
     "embed": Embeddings.open,
     "reduce": Reduced.open,
     "graph": Graph.open,
@@ -122,6 +125,15 @@ def _patches(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 def _encoder(e: Experiment, at: Folders) -> Encoder:
     assert e.encoder is not None, "the experiment checks that there is an encoder"
     return Encoder.open(at(e.encoder))
+
+
+def _classify(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus = Corpus.open(at("ingest"))
+    if not corpus.has_labels:
+        log.warning("classify: left out, since no image has a label")
+        return
+    encoder = Encoder.open(at("patches")) if "patches" in e.stages else None
+    classify(corpus, e.classify, encoder=encoder, out=at("classify"), tracker=tracker)
 
 
 def _embed(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
@@ -217,6 +229,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "pretext": _pretext,
     "whiten": _whiten,
     "patches": _patches,
+    "classify": _classify,
     "embed": _embed,
     "reduce": _reduce,
     "graph": _graph,

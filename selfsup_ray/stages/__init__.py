@@ -6,6 +6,7 @@ STAGES = (
     "pretext",
     "whiten",
     "patches",
+    "classify",
     "embed",
     "reduce",
     "graph",
