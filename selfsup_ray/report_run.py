@@ -33,6 +33,7 @@ ORDER = (
         "pretext",
         "whiten",
         "patches",
+        "classify",
         "embed",
         "reduce",
         "graph",
