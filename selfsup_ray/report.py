@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from selfsup_ray.artifacts import read_json, write_text
+from selfsup_ray.report_classify import classify_section
 from selfsup_ray.report_clusters import (
     clusters_section,
     map_section,
@@ -17,6 +18,7 @@ from selfsup_ray.report_dimension import dimension_section
 from selfsup_ray.report_graph import duplicates_section, hubs_section, outliers_section
 from selfsup_ray.report_html import Section, page
 from selfsup_ray.report_lowshot import lowshot_section
+from selfsup_ray.report_patches import patches_section
 from selfsup_ray.report_run import Run
 from selfsup_ray.report_scores import scores_section
 from selfsup_ray.report_sections import (
@@ -32,6 +34,8 @@ SECTIONS = (
     scores_section,
     diffuse_section,
     lowshot_section,
+    classify_section,
+    patches_section,
     dimension_section,
     map_section,
     neighbors_section,

@@ -7,6 +7,7 @@ paper's own tables, means of five runs, are not among them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,8 +113,30 @@ def published_curve(
     return (name, BASELINES[name]) if name in BASELINES else None
 
 
+def published_depth(classify: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the row of DEPTH and the depth of a network like the published ones, or None.
+
+    classify: the stage's config as plain values.
+    """
+    model, deeper = classify["model"], classify.get("deeper") or ()
+    name = str(model["name"])
+    if name == "cnn":
+        found = re.fullmatch(r"VGGc1024d([1-4])A", model["architecture"])
+        return (name, int(found[1])) if found and model["bottleneck"] == 32 else None
+    is_first_layer = name in DEPTH and model.get("pool") == 2 and model.get("bottleneck") == 32
+    sizes = {one.get("size") for one in deeper}
+    if not is_first_layer or len(deeper) > 3 or sizes - {1024}:
+        return None
+    return name, 1 + len(deeper)
+
+
 def _has_default_head(model: Mapping[str, Any]) -> bool:
-    wanted: dict[str, Any] = {"pool": 4, "adaptive_pool": None, "batch_norm": True, "bottleneck": 32}
+    wanted: dict[str, Any] = {
+        "pool": 4,
+        "adaptive_pool": None,
+        "batch_norm": True,
+        "bottleneck": 32,
+    }
     wanted |= {"bottleneck_kernel": 1, "bottleneck_relu": False, "residual": "none"}
     return all(model.get(key) == value for key, value in wanted.items())
 

@@ -25,7 +25,7 @@ SAME = 1e-5
 by rounding, and patches of other directions by more."""
 _MARGIN = 12
 """Candidates looked at beyond the neighbors asked for, since float32 products rank them roughly."""
-_QUERIES, _ROWS = 512, 16_384
+_QUERIES, _FEW, _ROWS = 512, 4096, 16_384
 
 
 def point_set(name: PointSet, patches: Array, matrix: Array, *, seed: int) -> Array:
@@ -140,9 +140,11 @@ def neighbor_distances(points: Array, queries: Array, *, k: int) -> Array:
 
 def _candidates(points: Array, queries: Array, wanted: int) -> Array:
     """Return the (q, wanted) ids of the points with the largest products, in any order."""
-    shape = (len(queries), wanted)
-    ids, scores = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
-    for start in range(0, len(points), _ROWS):
+    start = max(wanted, _FEW)
+    scores = queries @ points[:start].T
+    ids = np.argpartition(-scores, wanted - 1, axis=1)[:, :wanted]
+    scores = np.take_along_axis(scores, ids, axis=1)
+    for start in range(start, len(points), _ROWS):
         products = queries @ points[start : start + _ROWS].T
         # Only what beats the worst candidate so far: soon a handful of a row's many products.
         row, column = np.nonzero(products > scores.min(axis=1, keepdims=True))
@@ -156,7 +158,7 @@ def _candidates(points: Array, queries: Array, wanted: int) -> Array:
         best = np.argpartition(-scores, wanted - 1, axis=1)[:, :wanted]
         scores = np.take_along_axis(scores, best, axis=1)
         ids = np.take_along_axis(np.concatenate([ids, more_ids], axis=1), best, axis=1)
-    return ids
+    return np.asarray(ids)
 
 
 @dataclass(frozen=True)
