@@ -140,11 +140,11 @@ def neighbor_distances(points: Array, queries: Array, *, k: int) -> Array:
 
 def _candidates(points: Array, queries: Array, wanted: int) -> Array:
     """Return the (q, wanted) ids of the points with the largest products, in any order."""
-    start = max(wanted, _FEW)
-    scores = queries @ points[:start].T
+    first = max(wanted, _FEW)
+    scores = queries @ points[:first].T
     ids = np.argpartition(-scores, wanted - 1, axis=1)[:, :wanted]
     scores = np.take_along_axis(scores, ids, axis=1)
-    for start in range(start, len(points), _ROWS):
+    for start in range(first, len(points), _ROWS):
         products = queries @ points[start : start + _ROWS].T
         # Only what beats the worst candidate so far: soon a handful of a row's many products.
         row, column = np.nonzero(products > scores.min(axis=1, keepdims=True))
