@@ -275,6 +275,23 @@ def plot_confusion(
     ax.set(xlabel="cluster, in the order of its class", ylabel="class")
 
 
+def plot_covariance(covariance: Array, ax: Axes, *, title: str) -> None:
+    """A covariance (d, d) as a heat-map in units of its largest value: positive blue, else orange.
+
+    The root of a value is its opacity, so that small ones are seen.
+    """
+    sizes = np.abs(covariance) / max(float(np.abs(covariance).max()), 1e-300)
+    cells = np.zeros((*covariance.shape, 4))
+    blue, orange = np.array([0x2F, 0x6F, 0xB3]) / 255, np.array([0xD9, 0x82, 0x2B]) / 255
+    cells[..., :3] = np.where((covariance >= 0)[..., None], blue, orange)
+    cells[..., 3] = np.sqrt(sizes)
+    ax.imshow(cells, interpolation="nearest")
+    ax.tick_params(length=0)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set(xlabel="channel, row, column of a pixel", title=title)
+
+
 def plot_map(
     xy: Array, groups: Array, ax: Axes, *, names: Mapping[int, str], title: str, hues: Array
 ) -> None:
