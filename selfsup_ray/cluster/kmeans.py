@@ -23,14 +23,16 @@ from selfsup_ray.cluster.pairs import answers
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ArtifactError, ConfigError
-from selfsup_ray.ops.assignment import BLOCK, Points, Precision, Sums, blocks, one_thread_each
+from selfsup_ray.ops.assignment import BLOCK, Precision, Sums, blocks, one_thread_each
 from selfsup_ray.ops.kmeans import (
     Clustering,
+    Points,
     State,
     Step,
     Totals,
     exponent_for,
     first_ids,
+    hold,
     lloyd,
     unit,
 )
@@ -64,7 +66,7 @@ class PointShard:
         """The points."""
         if self._points is None:
             rows = self._read()
-            self._points = Points(rows, threads=self.threads, device=self.device)
+            self._points = hold(rows, threads=self.threads, device=self.device)
         return self._points
 
     def _read(self) -> Array:

@@ -1,4 +1,4 @@
-"""Points that are assigned to their nearest centroids: fast on a CPU, plain torch elsewhere.
+"""Points that are assigned to their nearest centroids on a CPU, a tile at a time.
 
 The nearest centroid has the largest <x, c> - |c|^2 / 2. A tile of points is multiplied with all
 centroids at once, in bfloat16 or float32, both counted from the mean centroid, so that no digits
@@ -7,7 +7,7 @@ go into what all of them share; the last columns of the product are |c|^2 / 2 it
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array
+from selfsup_ray.ops.exact_graph import multiplies_bfloat16
 
 Precision = Literal["bfloat16", "float32"]
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-TILE = 256
+TILE = 512
 """Rows of one product; a multiple of it is where points may be cut without changing any bit."""
-BLOCK = 64 * TILE
+BLOCK = 32 * TILE
 """Rows that one thread takes at a time."""
-_COLUMNS = 1024  # centroids of one product: a tile of bfloat16 scores is 512 KB, half an L2 cache
+_COLUMNS = 1024  # centroids of one product: a tile of bfloat16 scores is 1 MB
 _EMPTY = -3e38  # the score of a column that is no centroid
-_TORCH_BYTES = 2**28  # float32 scores held at once without kernels
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Sums:
 
     sums: Array
     counts: Array
+
+    @classmethod
+    def of_nothing(cls, shape: tuple[int, ...]) -> Sums:
+        """Return the sums of no points, for centroids of shape (K, d)."""
+        return cls(np.zeros(shape, np.int64), np.zeros(shape[0], np.int64))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.sums + other.sums, self.counts + other.counts)
@@ -132,48 +138,32 @@ def blocks(n: int) -> list[tuple[int, int]]:
     return [(a, min(a + BLOCK, n)) for a in range(0, n, BLOCK)]
 
 
-def has_kernels() -> bool:
-    """Return whether numba is installed; without it everything goes through torch."""
-    return importlib.util.find_spec("numba") is not None
+class TilePoints:
+    """Points (n, d) float32 that are compared with centroids again and again, on a CPU.
 
-
-class Points:
-    """Points (n, d) float32 that are compared with centroids again and again.
-
-    On a CPU `threads` blocks are worked on at once; on another device, or without numba, torch
-    does it all. Sums and counts are exact: they do not depend on threads or the order of points.
+    `threads` blocks are worked on at once. Sums and counts are exact: they do not depend on
+    threads or on the order of points.
     """
 
-    def __init__(self, rows: Array, *, threads: int = 1, device: str = "cpu") -> None:
-        self.rows, self.threads, self.device = rows, threads, device
-        self.plain = device != "cpu" or not has_kernels()
-        self.tensor = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device)
-        self.rows = rows if self.plain else self.tensor.numpy()
+    def __init__(self, rows: Array, *, threads: int = 1) -> None:
+        self.rows, self.threads = np.ascontiguousarray(rows, np.float32), threads
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _over_blocks(self, work: Callable[[int, int], T]) -> Iterator[T]:
-        """Yield work(start, stop) of every block."""
-        if self.plain:
-            yield from (work(a, b) for a, b in blocks(len(self)))
-            return
+    def _over_blocks(self, work: Callable[[int, int], T]) -> list[T]:
+        """Return work(start, stop) of every block."""
         with one_thread_each(self.threads) as pool:
-            yield from pool.map(lambda block: work(*block), blocks(len(self)))
+            return list(pool.map(lambda block: work(*block), blocks(len(self))))
 
     def largest(self) -> float:
         """Return the largest magnitude among all numbers; not finite where one of them is not."""
-        found = [float(self.tensor[a:b].abs().max()) for a, b in blocks(len(self))]
-        return float(np.max(found))
+        return max_magnitude(self._over_blocks(lambda a, b: float(np.abs(self.rows[a:b]).max())))
 
     def totals(self, exponent: int) -> tuple[Array, int]:
         """Return the sum (d,) int64 of x 2^exponent, rounded, and that of its squares."""
-        if self.plain:
-            found = [self._torch_totals(a, b, exponent) for a, b in blocks(len(self))]
-        else:
-            found = list(self._over_blocks(partial(self._totals, exponent)))
-        total = np.asarray(sum(sums for sums, _ in found))
-        return total, sum(squares for _, squares in found)
+        parts = self._over_blocks(partial(self._totals, exponent))
+        return np.asarray(sum(sums for sums, _ in parts)), sum(squares for _, squares in parts)
 
     def _totals(self, exponent: int, start: int, stop: int) -> tuple[Array, int]:
         from selfsup_ray.ops.kmeans_kernels import add_rows, add_squares
@@ -184,31 +174,20 @@ class Points:
         add_squares(rows, scale, squares)
         return sums[0], (int(squares[0]) << 30) + int(squares[1])
 
-    def _torch_totals(self, start: int, stop: int, exponent: int) -> tuple[Array, int]:
-        fixed = _fixed(self.tensor[start:stop], exponent)
-        squares = fixed * fixed
-        high, low = int((squares >> 30).sum()), int((squares & 0x3FFFFFFF).sum())
-        return fixed.sum(dim=0).cpu().numpy(), (high << 30) + low
-
     def sums(self, values: Array, exponent: int, precision: Precision) -> Sums:
         """Return the sums of x 2^exponent, rounded, over the points nearest to each centroid."""
-        centroids = Centroids.prepare(values, precision)
-        if self.plain:
-            return self._torch_sums(centroids, exponent)
-        total = Sums(np.zeros(values.shape, np.int64), np.zeros(len(values), np.int64))
-        ranges = np.array_split(np.array(blocks(len(self))), self.threads)
+        centroids = Centroids.prepare(values, supported(precision))
+        parts = np.array_split(np.array(blocks(len(self))), self.threads)
         with one_thread_each(self.threads) as pool:
-            for part in pool.map(partial(self._sums, centroids, exponent), ranges):
-                total = total + part
-        return total
+            first, *others = pool.map(partial(self._sums, centroids, exponent), parts)
+        return sum(others, start=first)
 
     def _sums(self, centroids: Centroids, exponent: int, ranges: Array) -> Sums:
         """Return the sums of some ranges of points, on this thread."""
         from selfsup_ray.ops.kmeans_kernels import add_rows
 
         tiles, scale = _Tiles(centroids), np.float32(2.0**exponent)
-        shape = centroids.values.shape
-        found = Sums(np.zeros(shape, np.int64), np.zeros(shape[0], np.int64))
+        found = Sums.of_nothing(centroids.values.shape)
         ids = np.empty(TILE, np.int32)
         for start, stop in ranges:
             for a in range(start, stop, TILE):
@@ -217,37 +196,11 @@ class Points:
                 add_rows(rows, ids[: len(rows)], scale, found.sums, found.counts)
         return found
 
-    def _torch_sums(self, centroids: Centroids, exponent: int) -> Sums:
-        sums = torch.zeros(centroids.values.shape, dtype=torch.int64, device=self.device)
-        counts = torch.zeros(len(centroids), dtype=torch.int64, device=self.device)
-        for a, ids in self._torch_nearest(centroids):
-            sums.index_add_(0, ids, _fixed(self.tensor[a : a + len(ids)], exponent))
-            counts += torch.bincount(ids, minlength=len(centroids))
-        return Sums(sums.cpu().numpy(), counts.cpu().numpy())
-
-    def _torch_nearest(self, centroids: Centroids) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, nearest centroid of it and those after it)."""
-        columns = centroids.moved.to(self.device).T
-        bias = torch.from_numpy(centroids.bias).float().to(self.device)
-        shift = torch.from_numpy(centroids.shift).to(self.device)
-        step = max(1, _TORCH_BYTES // (4 * len(centroids)))
-        for a in range(0, len(self), step):
-            rows = (self.tensor[a : a + step] - shift).to(columns.dtype)
-            yield a, (_product(rows, columns) + bias).argmax(dim=1)
-
     def nearest(self, values: Array, precision: Precision) -> tuple[Array, Array]:
         """Return ids (n,) int32 of the nearest centroids and squared distances (n,) float32."""
-        centroids = Centroids.prepare(values, precision)
+        centroids = Centroids.prepare(values, supported(precision))
         ids, apart = np.empty(len(self), np.int32), np.empty(len(self), np.float32)
-        if self.plain:
-            known = torch.from_numpy(centroids.values).to(self.device)
-            for a, found in self._torch_nearest(centroids):
-                ids[a : a + len(found)] = found.cpu().numpy()
-                steps = (self.tensor[a : a + len(found)] - known[found]).double()
-                apart[a : a + len(found)] = steps.square().sum(dim=1).float().cpu().numpy()
-            return ids, apart
-        for _ in self._over_blocks(partial(self._nearest, centroids, ids, apart)):
-            pass
+        self._over_blocks(partial(self._nearest, centroids, ids, apart))
         return ids, apart
 
     def _nearest(
@@ -262,15 +215,14 @@ class Points:
             distances(self.rows[here], centroids.values, ids[here], apart[here])
 
 
-def _fixed(rows: Tensor, exponent: int) -> Tensor:
-    """Return rows x 2^exponent, rounded to int64."""
-    return (rows * 2.0**exponent).round().long()
+def max_magnitude(parts: list[float]) -> float:
+    """Return the largest of these; nan when one of them is."""
+    return float(np.max(parts))
 
 
-def _product(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the product in float32, of factors that may be bfloat16."""
-    if rows.dtype == torch.float32:
-        return rows @ columns
-    if rows.is_cuda:
-        return torch.mm(rows, columns, out_dtype=torch.float32)
-    return rows.float() @ columns.float()
+def supported(precision: Precision) -> Precision:
+    """Return the precision, or float32 where this CPU has no products of bfloat16."""
+    if precision == "bfloat16" and not multiplies_bfloat16():
+        log.warning("k-means: this CPU multiplies no bfloat16; float32 is used, which is slower")
+        return "float32"
+    return precision

@@ -7,6 +7,7 @@ over actors.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from selfsup_ray.artifacts import Array
 from selfsup_ray.errors import ConfigError
-from selfsup_ray.ops.assignment import Points, Precision, Sums, has_kernels
+from selfsup_ray.ops.assignment import Precision, Sums, TilePoints
 from selfsup_ray.ops.rng import permuted
+from selfsup_ray.ops.torch_assignment import TorchPoints
 
 _FIXED_BITS = 30  # of the largest number in fixed point: sums of 2^33 of them fit an int64
 _SPLIT = 2.0**-10  # how far the halves of a split cluster are moved, in standard deviations
@@ -36,6 +38,24 @@ class Clustering:
     centroids: Array
     counts: Array
     objective: tuple[float, ...]
+
+
+Points = TilePoints | TorchPoints
+
+
+def hold(rows: Array, *, threads: int = 1, device: str = "cpu") -> Points:
+    """Return points (n, d) ready to be assigned: by kernels on a CPU, by torch elsewhere.
+
+    Without numba torch does it on a CPU too, more slowly.
+    """
+    if device == "cpu" and has_kernels():
+        return TilePoints(rows, threads=threads)
+    return TorchPoints(rows, device=device)
+
+
+def has_kernels() -> bool:
+    """Return whether numba is installed."""
+    return importlib.util.find_spec("numba") is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ def exponent_for(largest: float) -> int:
     """
     if not np.isfinite(largest):
         raise ConfigError("k-means wants finite points, but one holds nan or inf. Look for it.")
-    return _FIXED_BITS - int(np.frexp(max(largest, 1e-30))[1])
+    return min(100, _FIXED_BITS - int(np.frexp(largest)[1]))  # 2^100 is still a float32
 
 
 def first_ids(n: int, num_clusters: int, *, seed: int) -> Array:
@@ -206,7 +226,7 @@ def kmeans(
     else is exact to float32. unit_norm: centroids have length 1 (spherical k-means). The result
     does not depend on threads. Raises ConfigError when there are fewer points than clusters.
     """
-    held = Points(points, threads=threads, device=device)
+    held = hold(points, threads=threads, device=device)
     ids = first_ids(len(held), num_clusters, seed=seed)
     centroids = np.array(points[ids] if initial is None else initial, np.float32)
     assert centroids.shape == (num_clusters, points.shape[1]), f"initial: {centroids.shape}"
@@ -243,7 +263,7 @@ def nearest_centroid(
     centroid named. bfloat16 may name one that is farther by its rounding: the mean of the
     distances is too large by less than 0.05 % where clusters are wide.
     """
-    return Points(points, threads=threads, device=device).nearest(centroids, precision)
+    return hold(points, threads=threads, device=device).nearest(centroids, precision)
 
 
 def farthest_points(points: Array, count: int, *, first: int = 0) -> Array:

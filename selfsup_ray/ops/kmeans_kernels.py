@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-_TOGETHER = 128  # columns compared at once: four AVX-512 registers of bfloat16
-
 
 @njit(nogil=True, cache=True)
 def narrow(rows: Any, shift: Any, out: Any) -> None:
@@ -42,19 +40,13 @@ def _largest(row: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _first(row: Any, value: Any) -> int:
-    """Return the first column that holds this value; one of them must."""
-    start = 0
-    while start + _TOGETHER <= row.shape[0]:
-        found = False
-        for j in range(start, start + _TOGETHER):
-            found |= row[j] == value
-        if found:
-            break
-        start += _TOGETHER
-    while row[start] != value:
-        start += 1
-    return start
+def _first(row: Any, value: Any) -> Any:
+    """Return the first column that holds this value; one of at most 32,767 columns must."""
+    # Over all columns and by minimum: a search that stops at the first is not vectorized.
+    first = np.int16(32767)
+    for j in range(row.shape[0]):
+        first = min(first, np.int16(j) if row[j] == value else np.int16(32767))
+    return first
 
 
 @njit(nogil=True, cache=True)
