@@ -9,6 +9,7 @@ is |xW - c|^2 / 2 less a number common to all entries: it ranks them by distance
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -40,25 +41,53 @@ def patch_bits(
     images: (B, C, H, W) float32; kernel: (N, C s s), channel first as F.unfold has it; bias: (N,);
     h = H - s + 1. `up_to` sets the k nearest entries, `kth` the k-th alone. All ks come from one
     pass over the distances.
-    bfloat16: distances are compared in bfloat16 and ties at the threshold settled in float32, so
-    that exactly k bits are set. float32: the published form, distance <= k-th distance; entries as
-    far as the k-th are set too.
+    bfloat16: exactly k bits are set; distances are compared in bfloat16 where that is faster, with
+    ties at the threshold settled in float32. float32: the published form, distance <= k-th
+    distance; entries as far as the k-th are set too. Of equally far entries the lower is nearer.
+    A CPU without numba and a GPU compare in float32.
     """
     size = len(kernel)
     assert all(1 <= k <= size for k in ks), f"k must lie in [1, {size}], got {list(ks)}"
-    parts: list[list[Tensor]] = [[] for _ in ks]
-    positions = (images.shape[2] - patch_size + 1) * (images.shape[3] - patch_size + 1)
-    for some in torch.split(images, max(1, _SCORES_AT_ONCE // (positions * size))):
-        scores = distances(some, kernel, bias, patch_size=patch_size).permute(0, 2, 3, 1)
-        for i, k in enumerate(ks):
-            parts[i].append(_pack(_selected(scores, k, kind, exactly=precision == "bfloat16")))
-    return [torch.cat(found) for found in parts]
+    exactly = precision == "bfloat16" or kind == "kth"
+    with torch.no_grad():
+        if images.device.type == "cpu" and find_spec("numba") is not None:
+            from selfsup_ray.ops.patch_tiles import tiled_bits
+
+            return tiled_bits(
+                images,
+                kernel,
+                bias,
+                patch_size=patch_size,
+                ks=ks,
+                kth=kind == "kth",
+                precision=precision,
+                threads=threads,
+            )
+        parts: list[list[Tensor]] = [[] for _ in ks]
+        positions = (images.shape[2] - patch_size + 1) * (images.shape[3] - patch_size + 1)
+        for some in torch.split(images, max(1, _SCORES_AT_ONCE // (positions * size))):
+            scores = distances(some, kernel, bias, patch_size=patch_size).permute(0, 2, 3, 1)
+            for found, k in zip(parts, ks, strict=True):
+                code = _smallest(scores, k, exactly=exactly)
+                if kind == "kth" and k > 1:
+                    code &= ~_smallest(scores, k - 1, exactly=True)
+                found.append(_pack(code))
+        return [torch.cat(found) for found in parts]
 
 
 def distances(images: Tensor, kernel: Tensor, bias: Tensor, *, patch_size: int) -> Tensor:
-    """Return the convolution that ranks as distance: (B, N, h, w), the plain reference."""
-    filters = kernel.view(len(kernel), images.shape[1], patch_size, patch_size)
-    return F.conv2d(images, filters, bias)
+    """Return the convolution that ranks as distance: (B, N, h, w) float32, the plain reference.
+
+    In full float32 also inside autocast, and on a GPU by a matrix product: convolutions there
+    round to TF32, which loses the small distances among the large numbers.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        if images.device.type == "cpu":
+            filters = kernel.view(len(kernel), images.shape[1], patch_size, patch_size)
+            return F.conv2d(images, filters, bias)
+        height, width = images.shape[2] - patch_size + 1, images.shape[3] - patch_size + 1
+        scores = kernel @ F.unfold(images, patch_size) + bias[:, None]
+        return scores.view(len(images), len(kernel), height, width)
 
 
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
@@ -105,14 +134,17 @@ def full_embedding(images: Tensor, bits: Tensor, size: int, *, patch_size: int) 
     return (code * patches).flatten(1, 2)
 
 
-def _selected(scores: Tensor, k: int, kind: Kind, *, exactly: bool) -> Tensor:
-    """Return bool (B, h, w, N); scores: (B, h, w, N), smaller is nearer; ties by lower entry."""
-    if exactly:
-        order = scores.argsort(dim=-1, stable=True)
-        chosen = order[..., :k] if kind == "up_to" else order[..., k - 1 : k]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+def _smallest(scores: Tensor, k: int, *, exactly: bool) -> Tensor:
+    """Return bool, true at the k smallest of the last axis, and at all that equal the k-th.
+
+    exactly: of those that equal the k-th only the first, so that k are true.
+    """
     kth = scores.kthvalue(k, dim=-1, keepdim=True).values
-    return scores <= kth if kind == "up_to" else scores == kth
+    if not exactly:
+        return scores <= kth
+    less, equal = scores < kth, scores == kth
+    missing = k - less.sum(dim=-1, keepdim=True)
+    return less | (equal & (equal.cumsum(dim=-1) <= missing))
 
 
 def _pack(code: Tensor) -> Tensor:
