@@ -61,7 +61,7 @@ def _covariances(sample: PatchSample) -> str:
             partial(
                 plots.plot_covariance,
                 covariance,
-                title=f"{name}: {percent(share)} off the diagonal",
+                title=f"{name}: {percent(share)} off diagonal",
             ),
             width=3.2,
             height=2.9,
@@ -151,8 +151,8 @@ def sheet_of(patches: Array, titles: Sequence[str], *, note: str) -> str:
 
 
 def _objective(values: Array) -> str:
-    steps = np.arange(len(values), dtype=np.float64)
-    title = f"k-means: {values[-1]:.4g} after {len(values) - 1} rounds"
+    steps = np.arange(1, len(values) + 1, dtype=np.float64)
+    title = f"k-means: {values[-1]:.4g} after {len(values)} rounds"
     draw = partial(
         plots.plot_series,
         steps,

@@ -111,9 +111,9 @@ class Corpus:
         ids = self._checked(ids)
         out = [""] * len(ids)
         for shard, rows, local in self._by_shard(ids):
-            column = self._shard(shard).batch.column("source")
-            for row, at in zip(rows.tolist(), local.tolist(), strict=True):
-                out[row] = column[at].as_py()
+            found = self._shard(shard).batch.column("source").take(pa.array(local)).to_pylist()
+            for row, source in zip(rows.tolist(), found, strict=True):
+                out[row] = source
         return out
 
     def encoded(self, id: int) -> bytes:

@@ -159,7 +159,7 @@ def patch_sums(images: Tensor, *, patch_size: int) -> PatchSums:
     sums = PatchSums(0, np.zeros(d, np.int64), np.zeros((d, d), np.int64))
     for start in range(0, count, step):
         block = images[start : start + step]
-        x = (block.permute(2, 3, 1, 0).float() - _CENTER).contiguous()  # (H, W, C, b)
+        x = block.permute(2, 3, 1, 0).contiguous().float().sub_(_CENTER)  # (H, W, C, b)
         sums += PatchSums(len(block) * per_image, *_block_sums(x, patch_size))
     return sums
 
@@ -169,7 +169,7 @@ def _block_sums(x: Tensor, s: int) -> tuple[Array, Array]:
     height, width, channels, _ = x.shape
     rows, columns = _windows(height, s).to(x), _windows(width, s).to(x)
     rows, columns = rows.double(), columns.double()
-    pixels = x.sum(dim=3, dtype=torch.float64)
+    pixels = x.sum(dim=3).double()
     total = torch.einsum("ay,bx,yxc->cab", rows, columns, pixels)
     products = x.new_zeros((channels, s, s, channels, s, s), dtype=torch.float64)
     for dy in range(s):

@@ -236,5 +236,5 @@ def _records(clustering: Clustering | None, facts: dict[str, Any]) -> list[dict[
     numbers = {k: v for k, v in facts.items() if isinstance(v, int | float) and k != "objective"}
     if clustering is None:
         return [numbers]
-    curve = [{"step": i, "objective": v} for i, v in enumerate(clustering.objective)]
+    curve = [{"step": i, "objective": v} for i, v in enumerate(clustering.objective, start=1)]
     return [numbers, *curve]
