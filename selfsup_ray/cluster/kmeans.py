@@ -71,7 +71,8 @@ class PointShard:
 
     def _read(self) -> Array:
         array = ShardedArray.open(self.path)
-        rows = np.empty((self.stop - self.start, array.shape[1]), np.float32)
+        dim = array.shape[1] if self.transform is None else self.transform.shape[1]
+        rows = np.empty((self.stop - self.start, dim), np.float32)
 
         def fill(block: tuple[int, int]) -> None:
             a, b = block
@@ -131,7 +132,7 @@ class _Shards:
             return
         import ray
 
-        shared = [ray.put(argument) for argument in arguments]
+        shared = [ray.put(x) if isinstance(x, np.ndarray) else x for x in arguments]
         running = [getattr(actor, method).remote(*shared) for actor in self.actors]
         while running:
             done, running = ray.wait(running, num_returns=1)
@@ -203,13 +204,7 @@ def kmeans_sharded(
         raise ConfigError(
             f"k-means asks for {n:,} points, but {points.path} holds {len(points):,}. Sample more."
         )
-    request: dict[str, Any] = {
-        "points": n,
-        "num_clusters": num_clusters,
-        "iterations": iterations,
-        "seed": seed,
-    }
-    request |= {"precision": precision, "unit_norm": unit_norm, "transform": _digest(transform)}
+    request = _request(n, num_clusters, iterations, seed, precision, unit_norm, transform)
     state = _read(out / STATE, request)
     if isinstance(state, Clustering):
         return state
@@ -239,8 +234,26 @@ def kmeans_sharded(
     return step.clustering
 
 
-def _digest(array: Array | None) -> str | None:
-    return None if array is None else hashlib.sha256(array.tobytes()).hexdigest()
+def _request(
+    points: int,
+    num_clusters: int,
+    iterations: int,
+    seed: int,
+    precision: Precision,
+    unit_norm: bool,
+    transform: Array | None,
+) -> dict[str, Any]:
+    """Return what decides the result, beside the points themselves."""
+    digest = None if transform is None else hashlib.sha256(transform.tobytes()).hexdigest()
+    return {
+        "points": points,
+        "num_clusters": num_clusters,
+        "iterations": iterations,
+        "seed": seed,
+        "precision": precision,
+        "unit_norm": unit_norm,
+        "transform": digest,
+    }
 
 
 def _write(path: Path, request: dict[str, Any], step: Step) -> None:
@@ -264,11 +277,12 @@ def _read(path: Path, request: dict[str, Any]) -> State | Clustering | None:
     with safe_open(path, framework="numpy") as file:
         has = json.loads(file.metadata()["request"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if has != request:
-        raise ArtifactError(
-            f"{path} belongs to a k-means with {has}, but this one asks for {request}. Choose "
-            f"another `out`, or delete the file to start again."
-        )
+    for key, asked in request.items():
+        if has[key] != asked:
+            raise ArtifactError(
+                f"{path} belongs to a k-means with {key}={has[key]}, but this run asks for "
+                f"{asked}. Choose another `out`, or delete the file to start again."
+            )
     objective = tuple(tensors["objective"].tolist())
     if "counts" in tensors:
         return Clustering(tensors["centroids"], tensors["counts"], objective[1:])
