@@ -6,11 +6,11 @@ import csv
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -19,16 +19,11 @@ from rich.table import Table
 
 from selfsup_ray.artifacts import begin, fingerprint, finish, read_done, whole_file, write_text
 from selfsup_ray.cluster.session import session
-from selfsup_ray.cluster.tune import Changes, Dimension, Search, Trial, search
+from selfsup_ray.cluster.tune import Changes, Search, Trial, search
 from selfsup_ray.config import (
-    NonNegative,
-    NonNegativeFloat,
-    Positive,
-    PositiveFloat,
     Resources,
     build,
     changed,
-    config,
     flatten,
     load,
     override,
@@ -43,58 +38,15 @@ from selfsup_ray.ops.metrics import effective_rank
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.planning import drawn
 from selfsup_ray.progress import clock
+from selfsup_ray.report_sweep import write_sweep_report
 from selfsup_ray.steps import run_stage
-from selfsup_ray.tracking import TrackingConfig, open_run, read_records
+from selfsup_ray.sweep_config import SweepConfig
+from selfsup_ray.tracking import open_run, read_records
 
 log = logging.getLogger(__name__)
 
 RANKME_SAMPLE = 2000
 """Images whose embeddings are compared when the metric is `rankme`."""
-
-
-@config
-class SweepConfig:
-    """A search over dotted keys of one experiment."""
-
-    experiment: Path
-    """YAML file of the experiment that the trials change."""
-    out: Path
-    """Folder of the sweep: stages, trials, Tune's state, trials.csv and best.yaml. When the file
-    leaves it out: runs/sweeps/ and the name of the file."""
-    until: str
-    """Last stage of a trial; earlier stages that no key of the space touches are built once."""
-    metric: str = "rankme"
-    """Number that is compared: one that a stage logs, such as `scan.loss` or `scan_score`, or
-    `rankme`, the effective rank of the encoder's embeddings. Neither needs labels."""
-    mode: Literal["min", "max"] = "max"
-    """Whether low or high is good."""
-    samples: Positive = 16
-    """Trials; a grid has as many as it has combinations."""
-    space: dict[str, Dimension]
-    """Dotted key of the experiment -> its values."""
-    search: Literal["grid", "random", "optuna"] = "random"
-    """`grid`: every combination of choices. `optuna` learns from finished trials."""
-    seed: NonNegative = 0
-    """Chooses the points; the experiment's own seed is a key like any other."""
-    concurrent: Positive | None = None
-    """Trials at a time; None: as many as the cluster has CPUs and GPUs for."""
-    changes: dict[str, Any] | None = None
-    """Keys of the experiment that are other than in its file, in all trials alike."""
-    cpus: PositiveFloat = 1
-    """CPUs of one trial, which trains in its own process."""
-    gpus: NonNegativeFloat = 0
-    """GPUs of one trial."""
-    tracking: TrackingConfig = TrackingConfig()
-
-    def __post_init__(self) -> None:
-        if not self.space:
-            raise ValueError("space must name at least one key of the experiment")
-        ranges = [key for key, dimension in self.space.items() if dimension.choice is None]
-        if self.search == "grid" and ranges:
-            raise ValueError(
-                f"search=grid needs choices, but space.{ranges[0]} is a range; list its values "
-                f"under `choice`, or use search=random"
-            )
 
 
 @dataclass(frozen=True)
@@ -115,7 +67,8 @@ class Summary:
             values = [_short(trial.changes[key]) for key in keys]
             result = trial.error or _short(trial.metrics[self.metric])
             table.add_row(trial.id, *values, result, clock(trial.seconds))
-        files = (f"table  {self.out / 'trials.csv'}", f"best   {self.out / 'best.yaml'}")
+        named = {"table": "trials.csv", "best": "best.yaml", "report": "report.html"}
+        files = [f"{what:6} {self.out / name}" for what, name in named.items()]
         return "\n".join([drawn(table), "", *files])
 
 
@@ -138,9 +91,13 @@ def sweep(
     with session(address), open_run(made.out, made.tracking, name=name, params=made) as parent:
         _build_shared(experiment, trial, made)
         summary = Summary(made.out, made.metric, _ranked(_searched(trial, made), made))
-        _write(summary, experiment)
+        _write(summary, experiment, made)
+        page = write_sweep_report(
+            made.out, summary.trials, metric=made.metric, published=made.published
+        )
         parent.artifact(made.out / "trials.csv")
         parent.artifact(made.out / "best.yaml")
+        parent.artifact(page)
     facts = {"trials": [dataclasses.asdict(one) for one in summary.trials]}
     seconds = time.monotonic() - began
     finish(made.out, stage="sweep", config=made, inputs=inputs, seconds=seconds, facts=facts)
@@ -158,6 +115,8 @@ def prepared(path: Path, changes: Mapping[str, Any]) -> tuple[SweepConfig, Exper
     for key, dimension in made.space.items():
         for value in dimension.ends:
             override(experiment, {key: value})
+    for rule in made.also:
+        override(experiment, {**rule.when, **rule.set})
     return made, experiment
 
 
@@ -202,16 +161,14 @@ def addresses(experiment: Experiment, out: Path) -> dict[str, Path]:
     return folders
 
 
-def run_trial(
-    changes: Changes, *, experiment: Experiment, out: Path, metric: str
-) -> dict[str, float]:
+def run_trial(changes: Changes, *, experiment: Experiment, made: SweepConfig) -> dict[str, float]:
     """Run the stages of one trial that no other trial has run, and return its numbers.
 
     Two trials that need the same unfinished stage meet at a lock; the second finds it finished.
     Raises ConfigError when no stage of the trial has the metric.
     """
-    trial = override(experiment, changes)
-    folders = addresses(trial, out)
+    trial, metric = override(experiment, made.applied(changes)), made.metric
+    folders = addresses(trial, made.out)
     for stage in trial.stages:
         _build(stage, trial, folders)
     found = numbers({stage: folders[stage] for stage in trial.stages})
@@ -263,7 +220,7 @@ def numbers(folders: Mapping[str, Path]) -> dict[str, float]:
     return found
 
 
-def shared_stages(experiment: Experiment, space: Mapping[str, Any]) -> tuple[str, ...]:
+def shared_stages(experiment: Experiment, space: Iterable[str]) -> tuple[str, ...]:
     """Return the stages that are the same in all trials: no key touches them or their inputs."""
     touched = {key.split(".")[0] for key in space}
     for stage in experiment.stages:
@@ -275,7 +232,7 @@ def shared_stages(experiment: Experiment, space: Mapping[str, Any]) -> tuple[str
 def _build_shared(experiment: Experiment, trial: Experiment, made: SweepConfig) -> None:
     """Run the stages that all trials share, with the experiment's own workers."""
     folders = addresses(trial, made.out.absolute())
-    for stage in shared_stages(trial, made.space):
+    for stage in shared_stages(trial, made.varied):
         _build(stage, experiment, folders)
 
 
@@ -290,7 +247,7 @@ def _searched(trial: Experiment, made: SweepConfig) -> list[Trial]:
         concurrent=made.concurrent,
     )
     return search(
-        partial(run_trial, experiment=trial, out=out, metric=made.metric),
+        partial(run_trial, experiment=trial, made=dataclasses.replace(made, out=out)),
         made.space,
         how=how,
         resources=Resources(workers=1, cpus=made.cpus, gpus=made.gpus),
@@ -308,10 +265,10 @@ def record(trial: Trial, *, experiment: Experiment, made: SweepConfig) -> None:
     folder, label = made.out / "trials" / trial.id, f"{made.out.name}/{trial.id}"
     params = to_dict(trial.changes)
     tracker = open_run(folder, made.tracking, name=label, params=params, parent=parent)
-    own = override(experiment, trial.changes)
+    own = override(experiment, made.applied(trial.changes))
     folders = addresses(own, made.out)
     for stage in own.stages:
-        if stage in shared_stages(own, made.space):
+        if stage in shared_stages(own, made.varied):
             continue
         curve = read_records(folders[stage] / "metrics.jsonl")
         tracker.log([_renamed(values, stage) for values in curve])
@@ -343,7 +300,7 @@ def _ranked(trials: Sequence[Trial], made: SweepConfig) -> tuple[Trial, ...]:
     return (*good, *(trial for trial in trials if trial.error is not None))
 
 
-def _write(summary: Summary, experiment: Experiment) -> None:
+def _write(summary: Summary, experiment: Experiment, made: SweepConfig) -> None:
     """Write trials.csv, and best.yaml: the experiment of the best trial, ready for `run`."""
     keys = list(summary.trials[0].changes)
     with whole_file(summary.out / "trials.csv") as path, open(path, "w", newline="") as file:
@@ -353,7 +310,7 @@ def _write(summary: Summary, experiment: Experiment) -> None:
             values = [trial.changes[key] for key in keys]
             number = trial.metrics.get(summary.metric, "")
             rows.writerow([trial.id, *values, number, round(trial.seconds, 2), trial.error or ""])
-    changes = summary.trials[0].changes | {"out": str(summary.out / "best")}
+    changes = made.applied(summary.trials[0].changes) | {"out": str(summary.out / "best")}
     best = override(experiment, changes)
     text = yaml.safe_dump(to_dict(best), sort_keys=False)
     write_text(summary.out / "best.yaml", text)

@@ -25,6 +25,7 @@ LEVELS = {
             "costs_network",
             "planning",
             "pipeline",
+            "sweep_config",
             "sweeping",
             "report",
         ],

@@ -144,6 +144,26 @@ def test_a_value_that_the_experiment_would_refuse_is_found_before_the_search(
     assert not (tmp_path / "sweep").exists()
 
 
+def test_keys_that_go_with_a_value_are_changed_in_its_trials_alone(tmp_path: Path):
+    also = [{"when": {"graph.k": 7}, "set": {"scan.epochs": 3}}]
+    values = {"until": "scan", "space": {"graph.k": {"choice": [5, 7]}}, "also": also}
+    made, experiment = prepared(write_sweep(tmp_path, **values), {})
+    assert made.applied({"graph.k": 5}) == {"graph.k": 5}
+    assert made.applied({"graph.k": 7}) == {"graph.k": 7, "scan.epochs": 3}
+    assert made.varied == ("graph.k", "scan.epochs")
+    trial = in_process(experiment, made)
+    assert shared_stages(trial, made.varied) == ("ingest", "pretext", "embed")
+    encoder = {**values, "also": [{"when": {"graph.k": 7}, "set": {"pretext.epochs": 2}}]}
+    made, _ = prepared(write_sweep(tmp_path, **encoder), {})
+    assert shared_stages(trial, made.varied) == ("ingest",), "not shared by all trials"
+    for rule, says in (
+        ({"when": {"graph.q": 7}, "set": {}}, r"also.when names graph.q, which is not a key"),
+        ({"when": {"graph.k": 7}, "set": {"scan.epoch": 1}}, "Unknown key `scan.epoch`"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            prepared(write_sweep(tmp_path, **{**values, "also": [rule]}), {})
+
+
 def test_stages_have_the_same_folder_exactly_when_config_and_inputs_are_the_same(tmp_path: Path):
     made, experiment = prepared(
         write_sweep(tmp_path, until="scan", space={"graph.k": {"choice": [5, 7]}}), {}
@@ -221,6 +241,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_no_trial_twice(tmp_path
     scores = [float(row[3]) for row in rows[1:]]
     assert len(scores) == 4 and scores == sorted(scores)
     assert rows[1][0] in printed and str(out / "best.yaml") in printed
+    assert rows[1][0] in (out / "report.html").read_text()
     check_best(out, dict(zip(rows[0], rows[1], strict=True)))
     check_mlflow(tmp_path / "mlflow.db")
 
@@ -257,12 +278,7 @@ def test_rankme_is_the_exponential_of_the_entropy_of_the_singular_values(tmp_pat
     )
     from selfsup_ray.sweeping import run_trial
 
-    found = run_trial(
-        {"pretext.epochs": 1},
-        experiment=in_process(experiment, made),
-        out=tmp_path / "sweep",
-        metric="rankme",
-    )
+    found = run_trial({"pretext.epochs": 1}, experiment=in_process(experiment, made), made=made)
     [corpus] = map(Corpus.open, (tmp_path / "sweep/stages").glob("ingest-????????????????"))
     [encoder] = map(Encoder.open, (tmp_path / "sweep/stages").glob("pretext-????????????????"))
     rows = encoder.embed(corpus.images(np.arange(40))).astype(np.float64)
@@ -275,14 +291,9 @@ def test_rankme_is_the_exponential_of_the_entropy_of_the_singular_values(tmp_pat
 def test_a_metric_that_no_stage_has_is_refused_with_those_there_are(tmp_path: Path):
     from selfsup_ray.sweeping import run_trial
 
-    made, experiment = prepared(
-        write_sweep(tmp_path, until="ingest", space={"ingest.image_size": {"choice": [16]}}), {}
-    )
+    space = {"ingest.image_size": {"choice": [16]}}
+    path = write_sweep(tmp_path, until="ingest", metric="acuracy", space=space)
+    made, experiment = prepared(path, {})
     assert isinstance(made, SweepConfig)
     with pytest.raises(ConfigError, match=r"metric=acuracy\. There are: rankme, .*ingest\.kept"):
-        run_trial(
-            {"ingest.image_size": 16},
-            experiment=in_process(experiment, made),
-            out=tmp_path / "sweep",
-            metric="acuracy",
-        )
+        run_trial({"ingest.image_size": 16}, experiment=in_process(experiment, made), made=made)

@@ -1,0 +1,146 @@
+"""The page of a sweep: its number over the keys that were varied, beside published ones if any."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from selfsup_ray import plots
+from selfsup_ray.artifacts import write_text
+from selfsup_ray.cluster.tune import Trial
+from selfsup_ray.data.published_patches import BY_K, BY_SIZE
+from selfsup_ray.report_html import Section, duration, figures, page, paragraph, plain, table
+from selfsup_ray.report_published import Points, beside
+
+Published = Literal["patches_k", "patches_size"]
+PUBLISHED: dict[Published, tuple[str, Points]] = {
+    "patches_k": ("classify.model.k", BY_K),
+    "patches_size": ("patches.size", BY_SIZE),
+}
+"""Name -> the key that was varied, and the published number by its value."""
+MOST_BARS = 30
+"""Points drawn as bars, the best ones; the table has all."""
+
+Point = tuple[tuple[str, Any], ...]
+"""The keys and values of a trial, its seeds left out."""
+
+
+def write_sweep_report(
+    out: Path, trials: Sequence[Trial], *, metric: str, published: Published | None
+) -> Path:
+    """Write `report.html` into a sweep's folder and return its path.
+
+    trials: best first. Trials that differ in keys named seed alone are one point: the mean of
+    their numbers, with the deviation and how many there are.
+    """
+    values: dict[Point, list[float]] = {}
+    for trial in trials:
+        if trial.error is None:
+            values.setdefault(_point(trial), []).append(trial.metrics[metric])
+    body = _drawn(values, metric, published) + _points(values, metric)
+    sections = [
+        Section("result", metric, body),
+        Section("trials", "Trials", _trials(trials, metric)),
+    ]
+    path = out / "report.html"
+    failed = sum(trial.error is not None for trial in trials)
+    lead = f"{len(trials)} trials, {failed} failed; {metric}, best first."
+    write_text(path, page(out.resolve().name, lead=lead, sections=sections))
+    return path
+
+
+def _point(trial: Trial) -> Point:
+    kept = [(key, value) for key, value in trial.changes.items() if not _is_seed(key)]
+    return tuple((key, repr(value) if isinstance(value, dict) else value) for key, value in kept)
+
+
+def _is_seed(key: str) -> bool:
+    return key.split(".")[-1] == "seed"
+
+
+def _drawn(
+    values: Mapping[Point, Sequence[float]], metric: str, published: Published | None
+) -> str:
+    """Return lines over the key with most numbers, a line for each value of the others; or bars."""
+    key = _numeric_key(values)
+    if key is None:
+        return _bars(values, metric)
+    measured: dict[str, dict[float, float]] = {}
+    for point, found in values.items():
+        others = [f"{_short(name)} {_text(value)}" for name, value in point if name != key]
+        series = measured.setdefault(", ".join(others) or "here", {})
+        series[float(dict(point)[key])] = statistics.fmean(found)
+    known: dict[str, Points] = {}
+    if published is not None and PUBLISHED[published][0] == key:
+        known = {next(iter(measured)): PUBLISHED[published][1]}
+    return beside(measured, known, xlabel=key, ylabel=metric, title=f"{metric} by {key}", digits=4)
+
+
+def _numeric_key(values: Mapping[Point, Sequence[float]]) -> str | None:
+    """Return the key with the most different values, all of them numbers; None if there is none."""
+    counts = {}
+    for key in {key for point in values for key, _ in point}:
+        found = {dict(point)[key] for point in values}
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
+            counts[key] = len(found)
+    best = max(sorted(counts), key=lambda key: counts[key], default=None)
+    return best if best is not None and counts[best] > 1 else None
+
+
+def _bars(values: Mapping[Point, Sequence[float]], metric: str) -> str:
+    shown = list(values)[:MOST_BARS]
+    if not shown:
+        return ""
+    names = [", ".join(f"{_short(k)} {_text(v)}" for k, v in point) or "all" for point in shown]
+    means = np.array([statistics.fmean(values[point]) for point in shown])
+    draw = partial(plots.plot_values, names, means, xlabel=metric, title=f"{metric}, best first")
+    height = 1.2 + 0.28 * len(shown)
+    return figures([plots.svg(draw, width=6.0, height=height, label=f"{metric} of each point")])
+
+
+def _points(values: Mapping[Point, Sequence[float]], metric: str) -> str:
+    """Return mean and deviation over seeds; "" when no point has more than one trial."""
+    if all(len(found) < 2 for found in values.values()):
+        return ""
+    keys = [key for key, _ in next(iter(values))]
+    rows = [
+        (
+            *(_text(value) for _, value in point),
+            f"{statistics.fmean(found):.4f}",
+            f"{statistics.pstdev(found):.4f}",
+            f"{max(found):.4f}",
+            str(len(found)),
+        )
+        for point, found in values.items()
+    ]
+    head = (*keys, f"{metric}, mean", "deviation", "largest", "seeds")
+    note = paragraph("Mean and population deviation over the seeds.", note=True)
+    return note + table(head, rows, numeric=range(len(head)))
+
+
+def _trials(trials: Sequence[Trial], metric: str) -> str:
+    keys = list(trials[0].changes) if trials else []
+    rows = [
+        (
+            trial.id,
+            *(_text(trial.changes.get(key)) for key in keys),
+            trial.error or plain(trial.metrics[metric]),
+            duration(trial.seconds),
+        )
+        for trial in trials
+    ]
+    head = ("trial", *keys, metric, "time")
+    return table(head, rows, numeric=range(1, len(head)))
+
+
+def _short(key: str) -> str:
+    return key.split(".")[-1].replace("_", " ")
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else plain(value)

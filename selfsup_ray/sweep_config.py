@@ -1,0 +1,85 @@
+"""What a sweep can be told: an experiment, the keys that vary, the number that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from selfsup_ray.cluster.tune import Dimension
+from selfsup_ray.config import NonNegative, NonNegativeFloat, Positive, PositiveFloat, config
+from selfsup_ray.report_sweep import Published
+from selfsup_ray.tracking import TrackingConfig
+
+
+@config
+class Also:
+    """Keys that go with a value of the space: such as a lower lr for the largest network."""
+
+    when: dict[str, Any]
+    """Keys of the space and their values, all of which a trial must have."""
+    set: dict[str, Any]
+    """Keys of the experiment that are then other than in its file."""
+
+
+@config
+class SweepConfig:
+    """A search over dotted keys of one experiment."""
+
+    experiment: Path
+    """YAML file of the experiment that the trials change."""
+    out: Path
+    """Folder of the sweep: stages, trials, Tune's state, trials.csv and best.yaml. When the file
+    leaves it out: runs/sweeps/ and the name of the file."""
+    until: str
+    """Last stage of a trial; earlier stages that no key of the space touches are built once."""
+    metric: str = "rankme"
+    """Number that is compared: one that a stage logs, such as `scan.loss` or `scan_score`, or
+    `rankme`, the effective rank of the encoder's embeddings. Neither needs labels."""
+    mode: Literal["min", "max"] = "max"
+    """Whether low or high is good."""
+    samples: Positive = 16
+    """Trials; a grid has as many as it has combinations."""
+    space: dict[str, Dimension]
+    """Dotted key of the experiment -> its values."""
+    search: Literal["grid", "random", "optuna"] = "random"
+    """`grid`: every combination of choices. `optuna` learns from finished trials."""
+    seed: NonNegative = 0
+    """Chooses the points; the experiment's own seed is a key like any other."""
+    published: Published | None = None
+    """Published numbers that the report puts beside the trials': accuracies of networks on patch
+    dictionaries by k or by size."""
+    concurrent: Positive | None = None
+    """Trials at a time; None: as many as the cluster has CPUs and GPUs for."""
+    changes: dict[str, Any] | None = None
+    """Keys of the experiment that are other than in its file, in all trials alike."""
+    also: tuple[Also, ...] = ()
+    """Further keys of the trials that have certain values."""
+    cpus: PositiveFloat = 1
+    """CPUs of one trial, which trains in its own process."""
+    gpus: NonNegativeFloat = 0
+    """GPUs of one trial."""
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            raise ValueError("space must name at least one key of the experiment")
+        ranges = [key for key, dimension in self.space.items() if dimension.choice is None]
+        if self.search == "grid" and ranges:
+            raise ValueError(
+                f"search=grid needs choices, but space.{ranges[0]} is a range; list its values "
+                f"under `choice`, or use search=random"
+            )
+        unknown = [key for rule in self.also for key in rule.when if key not in self.space]
+        if unknown:
+            raise ValueError(f"also.when names {unknown[0]}, which is not a key of `space`")
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """Keys of the experiment that differ between trials."""
+        return (*self.space, *(key for rule in self.also for key in rule.set))
+
+    def applied(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a trial's changes with the keys that go with them."""
+        rules = [r for r in self.also if all(changes.get(k) == v for k, v in r.when.items())]
+        return {**changes, **{key: value for rule in rules for key, value in rule.set.items()}}

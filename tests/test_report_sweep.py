@@ -1,0 +1,85 @@
+"""The page of a sweep: lines over numbers, bars over names, means over seeds, published values."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfsup_ray.cluster.tune import Trial
+from selfsup_ray.report_sweep import PUBLISHED, Published, write_sweep_report
+
+METRIC = "classify.max_accuracy"
+
+
+def trial(value: float, error: str | None = None, **changes: Any) -> Trial:
+    named = {key.replace("__", "."): item for key, item in changes.items()}
+    return Trial(named, {} if error else {METRIC: value}, error, 12.5)
+
+
+def written(out: Path, trials: list[Trial], published: Published | None = None) -> str:
+    out.mkdir(exist_ok=True)
+    path = write_sweep_report(out, trials, metric=METRIC, published=published)
+    assert path == out / "report.html"
+    return path.read_text()
+
+
+def test_the_published_curve_stands_beside_the_key_it_was_measured_over(tmp_path: Path):
+    trials = [trial(0.8, classify__model__k=256), trial(0.7, classify__model__k=1)]
+    text = written(tmp_path / "k", trials, "patches_k")
+    assert "here, published" in text and "0.7477" in text and "0.8080" in text
+    other = written(
+        tmp_path / "other", [trial(0.8, patches__size=9), trial(0.7, patches__size=8)], "patches_k"
+    )
+    assert "published" not in other
+    assert (
+        written(
+            tmp_path / "size",
+            [trial(0.8, patches__size=1024), trial(0.7, patches__size=2048)],
+            "patches_size",
+        ).count("0.8392")
+        == 1
+    )
+
+
+def test_every_published_series_is_one_of_an_experiment_that_exists():
+    assert {key for key, _ in PUBLISHED.values()} == {"classify.model.k", "patches.size"}
+
+
+def test_names_make_bars_and_two_keys_make_a_line_each(tmp_path: Path):
+    kinds = [trial(0.8, whiten__whitening="pca"), trial(0.7, whiten__whitening="none")]
+    text = written(tmp_path / "kinds", kinds)
+    assert "whitening pca" in text and text.count("<svg") == 1
+    grid = [
+        trial(0.5 + k / 100 + (name == "zca"), classify__model__k=k, whiten__whitening=name)
+        for k in (1, 2, 4)
+        for name in ("pca", "zca")
+    ]
+    text = written(tmp_path / "grid", grid)
+    assert '<th class="n">whitening pca</th><th class="n">whitening zca</th>' in text
+
+
+def test_trials_that_differ_in_the_seed_are_one_point_with_its_deviation(tmp_path: Path):
+    trials = [trial(0.8 + s / 100, classify__seed=s, patches__size=64) for s in (0, 2)]
+    text = written(tmp_path, trials)
+    assert '<td class="n">0.8100</td><td class="n">0.0100</td><td class="n">0.8200</td>' in text
+    assert "seeds" in text
+
+
+def test_failed_trials_and_nested_values_are_in_the_table(tmp_path: Path):
+    trials = [
+        trial(0.8, diffuse__operator={"tau": 2.0}),
+        trial(0, "out of memory", diffuse__operator={}),
+    ]
+    text = written(tmp_path, trials)
+    assert "out of memory" in text and "1 failed" in text and "tau" in text
+    only = written(tmp_path / "none", [trial(0, "all failed", a__b=1)])
+    assert "all failed" in only
+
+
+@pytest.mark.parametrize("value", [None, True, "x"])
+def test_a_value_that_is_no_number_has_no_place_on_an_axis(tmp_path: Path, value: Any):
+    trials = [
+        trial(0.8, classify__model__bottleneck=32),
+        trial(0.7, classify__model__bottleneck=value),
+    ]
+    assert "bottleneck 32" in written(tmp_path, trials)
