@@ -65,6 +65,8 @@ class ClassifyConfig(TrainConfig):
             return
         if not isinstance(self.model, CodeConfig | PhiSimpleConfig):
             raise ValueError(f"cache_codes=true, but model.name={self.model.name} has no code")
+        if isinstance(self.model, CodeConfig) and self.model.also_k:
+            raise ValueError("cache_codes=true keeps the codes of one k: leave model.also_k out")
         if isinstance(self.model, CodeConfig) and self.model.code == "triangle":
             raise ValueError("cache_codes=true keeps bits, which model.code=triangle does not have")
 
