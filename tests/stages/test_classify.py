@@ -163,9 +163,13 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import torch
+import time
 torch.set_num_threads(1)
+from selfsup_ray.data.corpus import Corpus
 from stages.test_classify import run
-run(Path({made!r}), Path({out!r}), epochs=40, test_every=20, checkpoint_every=25)
+read = Corpus.images
+Corpus.images = lambda self, ids: (time.sleep(0.1), read(self, ids))[1]
+run(Path({made!r}), Path({out!r}), epochs=6, checkpoint_every=3)
 """
 
 
@@ -180,12 +184,12 @@ def test_a_killed_training_goes_on_to_the_same_weights(made: Path, tmp_path: Pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "done.json").exists(), "killed too late to show anything"
-    resumed = run(made, out, epochs=40, test_every=20, checkpoint_every=25)
+    resumed = run(made, out, epochs=6, checkpoint_every=3)
     records = read_records(out / "layer1" / "metrics.jsonl")
     steps = [record["step"] for record in records]
     assert steps == sorted(set(steps))
     assert_same(
-        run(made, tmp_path / "whole", epochs=40, test_every=20, checkpoint_every=25), resumed
+        run(made, tmp_path / "whole", epochs=6, checkpoint_every=3), resumed
     )
 
 
