@@ -68,7 +68,8 @@ def patches_at(images: Array, at: Positions, *, patch_size: int) -> Array:
     views = np.lib.stride_tricks.sliding_window_view(
         images, (patch_size, patch_size), axis=(2, 3)
     )  # (B, C, H - s + 1, W - s + 1, s, s), nothing copied
-    return np.asarray(views[at.image, :, at.row, at.column]).reshape(len(at), -1)
+    dim = images.shape[1] * patch_size**2
+    return np.asarray(views[at.image, :, at.row, at.column]).reshape(len(at), dim)
 
 
 def norms(patches: Array) -> Array:

@@ -234,6 +234,8 @@ def _cut_shard(maps: Maps, drawing: Drawing, made: _Round, shard: int) -> None:
     parts, first = list[PatchSums | Moments](), 0
     with_moments = made.with_moments(drawing)
     for batch in maps.batches(shard):
+        if not len(batch):
+            continue
         low, high = np.searchsorted(at.image, [first, first + len(batch)])
         here = at.chosen(slice(low, high))
         here = Positions(here.image - first, here.row, here.column)
