@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from selfsup_ray import cli
-from selfsup_ray.config import flatten, load, to_dict
+from selfsup_ray.config import flatten, load, override, to_dict
+from selfsup_ray.data.published_patches import BY_K, MEAN_SQUARED
 from selfsup_ray.experiment import Experiment
+from selfsup_ray.report_sweep import PUBLISHED as PUBLISHED_SWEEPS
 from selfsup_ray.sweeping import prepared
 
 ROOT = Path(__file__).parent.parent
@@ -165,7 +167,41 @@ LOW_SHOT = {
     "lowshot.logistic.iterations": 75_000,
     "lowshot.logistic.eval_every": 500,
 }
+# Networks on patch dictionaries (Brutzkus et al. 2022, public code).
+FIGURE_5 = {
+    "dimension.patch_size": 5,
+    "dimension.points": 1_048_576,
+    "dimension.between": True,
+    "dimension.whitening": "pca",
+    "dimension.regularization": 1e-3,
+    "dimension.smallest_share": 0.01,
+    "dimension.points_per_centroid": 256,
+    "dimension.iterations": 25,
+    "dimension.levina_bickel.first": 10,
+    "dimension.levina_bickel.last": 20,
+}
+FIGURE_8 = {
+    "whiten.patches": 262_144,
+    "whiten.patch_size": 5,
+    "whiten.regularization": 1e-3,
+    "whiten.min_norm": 0.01,
+    "whiten.pixel_scale": "zero_one",
+    "patches.size": 1024,
+    "patches.iterations": 25,
+    "classify.model.name": "phi_full",
+    "classify.model.pool": 4,
+    "classify.model.bottleneck": 32,
+    "classify.epochs": 200,
+    "classify.batch_size": 64,
+    "classify.optim.lr": 0.003,
+    "classify.optim.momentum": 0.9,
+    "classify.optim.weight_decay": 0,
+    "classify.schedule.milestones": [100, 150],
+    "classify.views.padding": 4,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "patches/figure5": FIGURE_5,
+    "patches/figure8-k": FIGURE_8,
     "cifar10": SIMCLR | SMALL | CIFAR | {"pretext.backbone.stem": "cifar"},
     "stl10-pretext": SIMCLR | {"pretext.backbone.stem": "stl"},
     "stl10": SMALL | STL,
@@ -182,6 +218,32 @@ def test_an_experiment_of_the_paper_has_the_papers_values(name: str):
     has = values(name)
     wrong = {key: (has.get(key), want) for key, want in PUBLISHED[name].items() if has[key] != want}
     assert not wrong, f"{name}: (has, published) {wrong}"
+
+
+def test_figures_5_and_8_have_every_published_point():
+    five = load(Experiment, ROOT / "experiments/patches/figure5.yaml")
+    assert five.dimension and five.dimension.all_k == tuple(range(2, 1025))
+    assert set(five.dimension.sets) == MEAN_SQUARED.keys()
+    model = values("patches/figure8-k")
+    assert {model["classify.model.k"], *model["classify.model.also_k"]} == {*BY_K, 1024}
+
+
+def test_the_sweeps_of_figures_8_and_9_have_every_published_point(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(ROOT)
+    for name, published in (("k", "patches_k"), ("dictionary-size", "patches_size")):
+        made, experiment = prepared(Path(f"experiments/sweeps/patches-{name}.yaml"), {})
+        assert made.published == published
+        key, points = PUBLISHED_SWEEPS[published]
+        assert made.space[key].choice == tuple(points)
+        largest = override(experiment, made.applied({key: max(points)}))
+        assert largest.patches and largest.classify and largest.whiten
+        if key == "patches.size":
+            assert largest.whiten.patches == 256 * 16_384 == largest.patches.patches
+            assert largest.patches.backbone_k == 4096 and largest.classify.optim.lr == 0.001
+            smaller = override(experiment, made.applied({key: 8192}))
+            assert smaller.classify and smaller.classify.optim.lr == 0.003
 
 
 def test_the_quickstart_needs_no_data_and_no_gpu():
