@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfsup_ray.ops.pooling import adaptive_cells, pooled_cells
+from selfsup_ray.ops.pooling import Cells, adaptive_cells, pooled_cells
 
 Kind = Literal["up_to", "kth"]
 Precision = Literal["bfloat16", "float32"]
@@ -104,17 +104,26 @@ def pooled_counts(bits: Tensor, size: int, *, pool: int | None, grid: int | None
     """
     assert (pool is None) != (grid is None), "give pool or grid"
     height, width = bits.shape[1:3]
-    cells = (
-        (pooled_cells(height, pool), pooled_cells(width, pool))
-        if pool is not None
-        else (adaptive_cells(height, grid or 0), adaptive_cells(width, grid or 0))
-    )
+    if pool is not None:
+        ys, xs = pooled_cells(height, pool), pooled_cells(width, pool)
+    else:
+        ys, xs = adaptive_cells(height, grid or 0), adaptive_cells(width, grid or 0)
+    if bits.device.type == "cpu" and find_spec("numba") is not None:
+        from selfsup_ray.ops.gated_kernels import window_shares
+
+        shares = window_shares(bits.numpy(), size, ys=ys, xs=xs)
+        return torch.from_numpy(shares).permute(0, 3, 1, 2)
+    return _plain_counts(bits, size, ys, xs).permute(0, 3, 1, 2)
+
+
+def _plain_counts(bits: Tensor, size: int, ys: Cells, xs: Cells) -> Tensor:
+    """Return the share of each window's positions whose bit is set: (B, len(ys), len(xs), N)."""
     code = unpack_bits(bits, size)
     rows = [
-        torch.stack([code[:, a:b, c:d].float().mean(dim=(1, 2)) for c, d in cells[1]], dim=1)
-        for a, b in cells[0]
+        torch.stack([code[:, a:b, c:d].float().mean(dim=(1, 2)) for c, d in xs], dim=1)
+        for a, b in ys
     ]
-    return torch.stack(rows, dim=1).permute(0, 3, 1, 2)
+    return torch.stack(rows, dim=1)
 
 
 def triangle_code(images: Tensor, kernel: Tensor, bias: Tensor, *, patch_size: int) -> Tensor:

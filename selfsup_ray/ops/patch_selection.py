@@ -15,6 +15,8 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from selfsup_ray.artifacts import Array
+
 LANES = 64
 """Numbers compared at once; a row has a multiple of them."""
 COPIED = 8
@@ -113,10 +115,10 @@ ones: Any = intrinsic(_ones)
 
 @njit(nogil=True, cache=True)
 def patch_rows(images: Any, size: int, first: int, last: int, out: Any) -> None:
-    """Fill out[: last - first] with the patches at positions [first, last): channel first, then 1.
+    """Fill out[: last - first] with the patches at positions [first, last), each followed by 1 1 1.
 
     images: (B, C, H, W) float32 with COPIED more numbers behind them; a position is
-    ((image h) + row) w + column. out: (n, row_width) float32.
+    ((image h) + row) w + column. out: (n, row_width) float32; a patch is channel first.
     """
     channels, height, width = images.shape[1:]
     h, w = height - size + 1, width - size + 1
@@ -130,9 +132,17 @@ def patch_rows(images: Any, size: int, first: int, last: int, out: Any) -> None:
                 for dx in range(0, size, COPIED):  # what is too much is written over by the next
                     _copy(images, source + dy * width + dx, out, target + dx)
                 target += size
-        out[i, channels * size * size] = 1
-        for t in range(channels * size * size + 1, out.shape[1]):
-            out[i, t] = 0
+        dim = channels * size * size
+        for t in range(dim, out.shape[1]):
+            out[i, t] = t < dim + 3
+
+
+def packed_words(bits: Array) -> Array:
+    """Return packed bits (…, bytes) uint8 as (n, W) uint64, filled up with zeros."""
+    rows = bits.reshape(-1, bits.shape[-1])
+    if rows.shape[1] % 8:
+        rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8)))
+    return np.require(rows, requirements=["C", "A"]).view(np.uint64)
 
 
 def row_width(dim: int, size: int) -> int:

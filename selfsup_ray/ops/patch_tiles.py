@@ -36,7 +36,7 @@ _STEP = {torch.int16: 0.25, torch.int32: 0.25 * 2**16}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dictionary as matrices; a row of patches is (patch, 1, 0 …), `row_width` wide.
+    """A dictionary as matrices; a row of patches is (patch, 1, 1, 1, 0 …), `row_width` wide.
 
     rotation: (width, width) float32 from such rows to those that are multiplied, None for
     themselves; entries: (width, columns) of the type of the scores; exact: (N, width) float32.
@@ -73,7 +73,7 @@ def prepare(kernel: Tensor, bias: Tensor, patch_size: int, precision: Precision)
     scale = values.clamp(min=max(float(values.max()), 1e-30) * 1e-12).sqrt()
     rotation, entries = torch.zeros(width, width), torch.zeros(width, columns).bfloat16()
     rotation[:dim, :dim] = vectors * scale
-    rotation[dim, dim : dim + 3] = 1
+    rotation[range(dim, dim + 3), range(dim, dim + 3)] = 1
     entries[:dim, :size] = (weights @ (vectors / scale)).T.bfloat16()
     rest = (bias.double() - bias.double().mean()).float()
     for part in range(3):
@@ -122,12 +122,11 @@ def tiled_bits(
     found = _prepared(_Key(kernel, bias), patch_size, precision)
     batch, height, width = images.shape[0], images.shape[2], images.shape[3]
     h, w = height - patch_size + 1, width - patch_size + 1
-    spare = torch.zeros(images.numel() + COPIED)  # copying reads a little past the end
-    pixels = spare[: images.numel()].view(images.shape).copy_(images).numpy()
+    pixels = with_spare(images)
     out = [np.empty((batch * h * w, found.columns // 64), np.uint64) for _ in ks]
     work = partial(_range_bits, found, pixels, patch_size, ks, kth, out)
     cuts = np.linspace(0, batch * h * w, threads + 1).astype(int).tolist()
-    _on_threads(work, list(pairwise(cuts)))
+    on_threads(work, list(pairwise(cuts)), threads=threads)
     used = -(-len(kernel) // 8)
     return [
         torch.from_numpy(words.view(np.uint8)[:, :used].reshape(batch, h, w, used)) for words in out
@@ -171,15 +170,27 @@ def _range_bits(
                 code &= ~before[:n]
 
 
-def _on_threads(work: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
-    """Do the ranges at once, each on one thread, whatever torch's number of threads is."""
-    if len(ranges) == 1 and torch.get_num_threads() == 1:
-        return work(*ranges[0])
-    threads = torch.get_num_threads()
+def with_spare(images: Tensor) -> Array:
+    """Return a copy of images (B, C, H, W), float32, that `patch_rows` may read a little past."""
+    spare = torch.zeros(images.numel() + COPIED)
+    return spare[: images.numel()].view(images.shape).copy_(images).numpy()
+
+
+def on_threads(
+    work: Callable[[int, int], None],
+    ranges: Sequence[tuple[int, int]],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Do all ranges, each on one thread, `threads` at a time: as many as torch has by default."""
+    before = torch.get_num_threads()
+    threads = min(threads or before, len(ranges))
+    if threads == 1 and before == 1:
+        for first, last in ranges:
+            work(first, last)
+        return
     try:
-        with ThreadPoolExecutor(
-            len(ranges), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(work, *zip(*ranges, strict=True)))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
