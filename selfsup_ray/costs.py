@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfsup_ray.costs_classify import classify_cost
 from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds, view_seconds
 from selfsup_ray.data.views import ViewsConfig
@@ -63,6 +64,8 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
             return _whiten(experiment, num_images)
         case "patches":
             return _patches(experiment)
+        case "classify":
+            return _classify(experiment, num_images)
         case "dimension":
             return _dimension(experiment, num_images)
         case "embed":
@@ -78,6 +81,23 @@ def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Pat
         case "lowshot":
             return _lowshot(experiment, num_images)
     return _tables(experiment, num_images)
+
+
+def _classify(e: Experiment, n: int) -> Cost:
+    assert e.classify is not None and e.ingest is not None
+    made = classify_cost(
+        e.classify,
+        n=n,
+        side=e.ingest.image_size,
+        entries=e.patches.entries if e.patches else 0,
+        patch_size=e.whiten.patch_size if e.whiten else 1,
+    )
+    return Cost(
+        memory_bytes=WORKER_BYTES + made.memory_bytes,
+        disk_bytes=made.disk_bytes,
+        seconds=made.seconds,
+        assumes=made.assumes,
+    )
 
 
 def _ingest(e: Experiment, n: int) -> Cost:

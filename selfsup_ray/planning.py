@@ -207,7 +207,7 @@ def count_images(experiment: Experiment) -> int | None:
 
 def _require_enough(experiment: Experiment, n: int) -> None:
     """Raise ConfigError when the corpus is too small for what is asked of it."""
-    for stage in ("pretext", "scan", "selflabel"):
+    for stage in ("pretext", "scan", "selflabel", "classify"):
         config = getattr(experiment, stage)
         if config is not None and config.epochs and config.batch_size > n:
             raise ConfigError(

@@ -23,6 +23,7 @@ LEVELS = {
             "costs",
             "costs_graph",
             "costs_network",
+            "costs_classify",
             "planning",
             "pipeline",
             "sweep_config",
