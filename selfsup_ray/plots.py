@@ -128,11 +128,9 @@ def plot_beside(
     xlabel: str,
     ylabel: str,
     title: str,
+    log_x: bool = False,
 ) -> None:
-    """Measured values by x, one line a series; the published ones dashed, hollow, in its color.
-
-    Where every x is positive and they span a factor of 20 and more, the axis is logarithmic.
-    """
+    """Measured values by x, one line a series; the published ones dashed, hollow, in its color."""
     names = list(dict.fromkeys([*measured, *published]))
     for name, color in zip(names, _cycle(SERIES, len(names)), strict=True):
         for by_x, line, face in ((measured, "-", color), (published, "--", "none")):
@@ -145,8 +143,7 @@ def plot_beside(
             ax.plot(
                 x, y, line, color=color, linewidth=1.2, markerfacecolor=face, label=label, **marker
             )
-    every = [x for series in (measured, published) for points in series.values() for x in points]
-    if every and min(every) > 0 and max(every) >= 20 * min(every):
+    if log_x:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
