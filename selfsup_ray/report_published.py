@@ -25,11 +25,19 @@ def beside(
 ) -> str:
     """Return a figure of all series by x, and a table of them; published ones in its own columns.
 
-    A published series belongs to the measured one of its name. With more than 40 values of x the
+    A published series belongs to the measured one of its name. The axis of x is logarithmic where
+    all of x is positive and spans a factor of 8 and more. With more than 40 values of x the
     table shows those that were published, and the powers of two.
     """
+    every = [x for series in (measured, published) for points in series.values() for x in points]
     draw = partial(
-        plots.plot_beside, measured, published, xlabel=xlabel, ylabel=ylabel, title=title
+        plots.plot_beside,
+        measured,
+        published,
+        xlabel=xlabel,
+        ylabel=ylabel,
+        title=title,
+        log_x=min(every) > 0 and max(every) >= 8 * min(every),
     )
     drawn = plots.svg(draw, width=width, height=3.4, label=title)
     return figures([drawn]) + beside_table(measured, published, xlabel=xlabel, digits=digits)

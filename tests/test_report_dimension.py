@@ -75,10 +75,10 @@ def test_a_published_series_has_the_color_of_the_measured_one_and_a_dashed_line(
     assert lines["a"].get_ydata().tolist() == [3, 1, 2]
     assert lines["b"].get_color() == lines["b, published"].get_color() != lines["a"].get_color()
     assert lines["b, published"].get_linestyle() == "--"
-    assert ax.get_xscale() == "log"
+    assert ax.get_xscale() == "linear"
     near = Figure().add_subplot()
-    plot_beside({"a": {1: 1, 3: 2}}, {}, near, xlabel="", ylabel="", title="")
-    assert near.get_xscale() == "linear" and near.get_legend() is None
+    plot_beside({"a": {1: 1, 3: 2}}, {}, near, xlabel="", ylabel="", title="", log_x=True)
+    assert near.get_xscale() == "log" and near.get_legend() is None
 
 
 def test_the_table_leaves_a_cell_empty_where_there_is_no_number():
