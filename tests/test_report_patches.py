@@ -46,7 +46,7 @@ def experiment(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Result]:
     folder = tmp_path_factory.mktemp("patches")
-    write_shapes(folder / "photos", 160, size=16)
+    write_shapes(folder / "photos", 200, size=16)
     made = build(Experiment, experiment(folder))
     planned = plan_experiment(made)
     assert all(step.cost.disk_bytes for step in planned.steps)
@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Resu
 def test_codes_tell_shapes_apart_without_training(finished: tuple[Experiment, Result]):
     made, _ = finished
     probe = Probe.open(made.folder("probe"))
-    assert probe.linear > 0.9
+    assert probe.linear > 0.85
     assert probe.knn > 0.4  # chance: 0.25
 
 
@@ -65,7 +65,7 @@ def test_clusters_stand_on_codes_like_on_any_encoder(finished: tuple[Experiment,
     clusterer = Clusterer.open(made.folder("scan"))
     kernel = clusterer.backbone().state_dict()["kernel"]
     assert kernel.shape == (32, 75)
-    assert clusterer.assignments.shape == (160,)
+    assert clusterer.assignments.shape == (200,)
     assert result.pseudo_labels is not None
 
 
