@@ -108,6 +108,7 @@ class _Shards:
     """All points: one shard in this process, or one in each actor."""
 
     def __init__(self, parts: list[PointShard], resources: Resources, stage: str) -> None:
+        self.path = parts[0].path
         self.local: PointShard | None = None
         self.actors: list[Any] = []
         if resources.workers == 0:
@@ -140,7 +141,12 @@ class _Shards:
 
     def totals(self, count: int) -> Totals:
         """Return the totals of all points."""
-        exponent = exponent_for(float(np.max(list(self.each("largest")))))
+        largest = float(np.max(list(self.each("largest"))))
+        if not np.isfinite(largest):
+            raise ArtifactError(
+                f"{self.path} holds a point that is not finite. Run the stage that writes it again."
+            )
+        exponent = exponent_for(largest)
         parts = list(self.each("totals", exponent))
         total = np.asarray(sum(sums for sums, _ in parts))
         return Totals(count, exponent, total, sum(squares for _, squares in parts))

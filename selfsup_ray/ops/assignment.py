@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array
-from selfsup_ray.ops.exact_graph import multiplies_bfloat16
 
 Precision = Literal["bfloat16", "float32"]
 T = TypeVar("T")
@@ -222,6 +221,8 @@ def max_magnitude(parts: list[float]) -> float:
 
 def supported(precision: Precision) -> Precision:
     """Return the precision, or float32 where this CPU has no products of bfloat16."""
+    from selfsup_ray.ops.exact_graph import multiplies_bfloat16  # it imports scipy
+
     if precision == "bfloat16" and not multiplies_bfloat16():
         log.warning("k-means: this CPU multiplies no bfloat16; float32 is used, which is slower")
         return "float32"

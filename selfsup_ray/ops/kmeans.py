@@ -88,7 +88,7 @@ def exponent_for(largest: float) -> int:
     Raises ConfigError when it is not finite.
     """
     if not np.isfinite(largest):
-        raise ConfigError("k-means wants finite points, but one holds nan or inf. Look for it.")
+        raise ConfigError("k-means wants finite points, but one holds nan or inf. Leave it out.")
     return min(100, _FIXED_BITS - int(np.frexp(largest)[1]))  # 2^100 is still a float32
 
 
@@ -278,22 +278,22 @@ def farthest_points(points: Array, count: int, *, first: int = 0) -> Array:
             f"{count:,} points from number {first:,} on cannot be chosen among {n:,}. Ask for 1 to "
             f"{n:,} of them."
         )
-    chosen, nearest = np.empty(count, np.int64), np.full(n, np.inf)
+    chosen, nearest = np.full(count, first, np.int64), np.full(n, np.inf)
     rows = np.ascontiguousarray(points, np.float32)
-    step = _farthest_by_kernel if has_kernels() else _farthest_by_numpy
-    chosen[0] = first
+    if not has_kernels():
+        for i in range(1, count):
+            chosen[i] = _farthest(rows, int(chosen[i - 1]), nearest)
+        return chosen
+    from selfsup_ray.ops.kmeans_kernels import farthest
+
+    owners = np.zeros(n, np.int32)
     for i in range(1, count):
-        chosen[i] = step(rows, int(chosen[i - 1]), nearest)
+        chosen[i] = farthest(rows, chosen, i, owners, nearest)
     return chosen
 
 
-def _farthest_by_kernel(rows: Array, chosen: int, nearest: Array) -> int:
-    from selfsup_ray.ops.kmeans_kernels import farthest
-
-    return int(farthest(rows, rows[chosen], nearest))
-
-
-def _farthest_by_numpy(rows: Array, chosen: int, nearest: Array) -> int:
+def _farthest(rows: Array, chosen: int, nearest: Array) -> int:
+    """Lower nearest (n,) to the squared distances from one row; return where it is largest."""
     for a in range(0, len(rows), 65536):
         steps = rows[a : a + 65536].astype(np.float64) - rows[chosen]
         apart = np.einsum("nd,nd->n", steps, steps)

@@ -112,14 +112,23 @@ def distances(rows: Any, centroids: Any, ids: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def farthest(rows: Any, chosen: Any, nearest: Any) -> int:
-    """Lower nearest (n,) to the squared distances from one row; return where it is largest.
+def farthest(rows: Any, chosen: Any, count: int, owners: Any, nearest: Any) -> int:
+    """Compare rows (n, d) with the last of `count` chosen ones; return the farthest of all.
 
-    rows: (n, d) float32; chosen: (d,); of equal distances the first counts.
+    chosen: (>= count,) ids; nearest: (n,) squared distance of each row to the nearest chosen one,
+    and owners: (n,) which that is, both brought up to date. Of equal distances the first counts.
     """
+    last = rows[chosen[count - 1]]
+    between = np.empty(count)
+    for k in range(count):
+        between[k] = _squared_distance(rows[chosen[k]], last)
     place = 0
     for i in range(rows.shape[0]):
-        nearest[i] = min(nearest[i], _squared_distance(rows[i], chosen))
+        # The triangle inequality: twice as far from its owner as the row is, it cannot be nearer.
+        if between[owners[i]] < 4.0001 * nearest[i]:
+            apart = _squared_distance(rows[i], last)
+            if apart < nearest[i]:
+                nearest[i], owners[i] = apart, count - 1
         if nearest[i] > nearest[place]:
             place = i
     return place

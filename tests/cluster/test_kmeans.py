@@ -152,3 +152,6 @@ def test_bad_requests_are_refused_in_a_sentence(tmp_path: Path, ray_session: Non
     missing.shard_path(0).unlink()
     with pytest.raises(ArtifactError, match=r"00000.npy is missing"):
         kmeans_sharded(missing, 5, resources=HERE, out=tmp_path)
+    infinite = stored(tmp_path / "infinite", np.full((500, 2), np.inf, np.float32))
+    with pytest.raises(ArtifactError, match=r"infinite holds a point that is not finite"):
+        kmeans_sharded(infinite, 5, resources=HERE, out=tmp_path)

@@ -7,7 +7,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from selfsup_ray.errors import ConfigError, ResourceError
-from selfsup_ray.ops import assignment, faiss_kmeans, kmeans_kernels
+from selfsup_ray.ops import exact_graph, faiss_kmeans, kmeans_kernels
 from selfsup_ray.ops import kmeans as module
 from selfsup_ray.ops.assignment import BLOCK, TILE
 from selfsup_ray.ops.kmeans import farthest_points, first_ids, kmeans, nearest_centroid
@@ -233,7 +233,7 @@ def test_without_numba_torch_gives_the_same_clusters(monkeypatch):
 
 def test_a_cpu_without_bfloat16_products_uses_float32_and_says_so(monkeypatch, caplog):
     points = mixture(2000)
-    monkeypatch.setattr(assignment, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(exact_graph, "multiplies_bfloat16", lambda: False)
     found = kmeans(points, 10, iterations=2)
     exact = kmeans(points, 10, iterations=2, precision="float32")
     assert found.centroids.tobytes() == exact.centroids.tobytes()
