@@ -46,7 +46,7 @@ def classify_section(run: Run) -> Section | str:
     if len(layers) == 1:
         body += _by_epoch(layers[0], found)
     body += "<h3>Accuracy by epoch</h3>" + figures(_curves(layers, found))
-    body += _by_k(stage, layers[-1]) + _by_depth(stage, layers)
+    body += _by_k(run, stage, layers[-1]) + _by_depth(stage, layers)
     return Section("classify", "Labelled networks", body)
 
 
@@ -146,7 +146,7 @@ def _series(curve: list[Mapping[str, float]], key: str) -> dict[float, float]:
     return {point["epoch"]: 100 * point[key] for point in curve if key in point}
 
 
-def _by_k(stage: StageFolder, layer: Layer) -> str:
+def _by_k(run: Run, stage: StageFolder, layer: Layer) -> str:
     """Return Figure 8 of a run that trained several k at once."""
     outputs = layer["outputs"]
     if len(outputs) < 2:
@@ -154,7 +154,9 @@ def _by_k(stage: StageFolder, layer: Layer) -> str:
     name = stage.config["model"]["name"]
     measured = {float(k): 100 * found["max_accuracy"] for k, found in outputs.items()}
     title = TITLES.get(name, name)
-    is_published = name == "phi_full" and layer["layer"] == 1
+    alike = {**stage.config, "model": {**stage.config["model"], "k": 256}}
+    found = published_curve(alike, patches=_config(run, "patches"), whiten=_config(run, "whiten"))
+    is_published = found is not None and found[0] == "phi_full"
     return "<h3>Accuracy by k</h3>" + beside(
         {title: measured},
         {title: {k: 100 * value for k, value in BY_K.items()}} if is_published else {},

@@ -144,11 +144,12 @@ def test_accuracies_stand_beside_the_published_ones(tmp_path: Path):
 
 def test_several_k_make_figure_8(tmp_path: Path):
     values = {"also_k": [1, 16]}
-    body = section(
-        tmp_path, model("phi_full", **values), [layer(1, {"256": 0.8, "1": 0.7, "16": 0.75})]
-    )
+    outputs = {"256": 0.8, "1": 0.7, "16": 0.75}
+    body = section(tmp_path, model("phi_full", **values), [layer(1, outputs)])
     assert "Accuracy by k" in body and body.count("<svg") == 2
     assert "74.77" in body and "79.88" in body and "k, entries that are set" in body
+    other = section(tmp_path / "kth", model("phi_full", code="kth", **values), [layer(1, outputs)])
+    assert "Accuracy by k" in other and "74.77" not in other
 
 
 def test_layers_make_the_row_of_table_4(tmp_path: Path):
