@@ -36,6 +36,7 @@ from selfsup_ray.ops.patch_codes import (
     unpack_bits,
 )
 from selfsup_ray.ops.pooling import pooled_cells
+from selfsup_ray.ops.relu_pool import relu_pool
 
 Gate = Literal["full", "hard", "conv"]
 """What a layer makes of the code: m (V x + b), m, or ReLU(V x + b) without any code."""
@@ -161,30 +162,30 @@ class Layer(nn.Module):
 
     def _pooled(self, images: Tensor, code: Tensor | None) -> Tensor:
         """Return the gated values after the average pooling, (B, features, h', w')."""
-        pool = self.config.pool
-        if code is not None and code.dtype == torch.uint8 and self.maps is None:
-            return self._from_bits(images, code)
+        pool, kind = self.config.pool, images.device.type
+        precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
         if self.gate == "conv":
-            z = F.relu(self.linear(images))
-        else:
-            assert code is not None, "a layer with a dictionary needs the code"
-            z = self._gated(images, code)
+            with torch.autocast(kind, enabled=False):
+                return relu_pool(images.float(), *self._map, pool=pool or 1, precision=precision)
+        assert code is not None, "a layer with a dictionary needs the code"
+        if code.dtype == torch.uint8 and self.maps is None:
+            with torch.autocast(kind, enabled=False):
+                return self._from_bits(images.float(), code, precision)
+        z = self._gated(images, code)
         return z if pool is None else F.avg_pool2d(z, pool, pool, ceil_mode=True)
 
-    def _from_bits(self, images: Tensor, bits: Tensor) -> Tensor:
-        pool, kind = self.config.pool, images.device.type
+    @property
+    def _map(self) -> tuple[Tensor, Tensor]:
+        """V (N, channels, s, s) and b (N,)."""
+        assert self.linear.bias is not None, "the linear map has a bias"
+        return self.linear.weight, self.linear.bias
+
+    def _from_bits(self, images: Tensor, bits: Tensor, precision: Precision) -> Tensor:
+        pool, s = self.config.pool, self.patch_size
         if self.gate == "full":
-            precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
-            with torch.autocast(kind, enabled=False):
-                return gated_pool(
-                    images.float(),
-                    bits,
-                    self.linear.weight,
-                    self.linear.bias,  # type: ignore[arg-type]
-                    patch_size=self.patch_size,
-                    pool=pool,
-                    precision=precision,
-                )
+            return gated_pool(
+                images, bits, *self._map, patch_size=s, pool=pool, precision=precision
+            )
         if pool is None:
             return unpack_bits(bits, self.size).permute(0, 3, 1, 2).float()
         return pooled_counts(bits, self.size, pool=pool, grid=None)
