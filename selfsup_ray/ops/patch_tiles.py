@@ -28,7 +28,7 @@ from selfsup_ray.ops.patch_selection import (
 Precision = Literal["bfloat16", "float32"]
 
 _TILE_BYTES = 1 << 20  # of scores: larger ones leave the cache, smaller ones are slow to multiply
-_TILE_ROWS = (128, 4096)
+_TILE_ROWS = (128, 2048)
 _HUGE = 3e38  # the distance of columns that are no entries; finite in bfloat16 too
 # Keys between two entries near the threshold, about: where the search for it looks next.
 _STEP = {torch.int16: 0.25, torch.int32: 0.25 * 2**16}
@@ -146,8 +146,9 @@ def _range_bits(
     """Write the codes of positions [first, last); one thread."""
     kind = torch.int16 if found.entries.dtype == torch.bfloat16 else torch.int32
     item, width = found.entries.element_size(), found.exact.shape[1]
-    rows = min(max(_TILE_BYTES // (item * found.columns), _TILE_ROWS[0]), _TILE_ROWS[1])
-    patches, turned = torch.empty(rows, width), torch.empty(rows, width)
+    # Always as many rows, so that no product's rounding depends on how many patches there are.
+    rows = min(max(_TILE_BYTES // (item * found.columns) // 64 * 64, _TILE_ROWS[0]), _TILE_ROWS[1])
+    patches, turned = torch.zeros(rows, width), torch.empty(rows, width)
     left = torch.empty(rows, width, dtype=found.entries.dtype)
     scores = torch.empty(rows, found.columns, dtype=found.entries.dtype)
     before = np.empty((rows, found.columns // 64), np.uint64) if kth else None
@@ -156,10 +157,10 @@ def _range_bits(
         n = min(rows, last - a)
         patch_rows(pixels, size, a, a + n, patches.numpy())
         if found.rotation is None:
-            torch.mm(patches[:n], found.entries, out=scores[:n])
+            torch.mm(patches, found.entries, out=scores)
         else:
-            torch.mm(patches[:n], found.rotation, out=turned[:n])
-            torch.mm(left[:n].copy_(turned[:n]), found.entries, out=scores[:n])
+            torch.mm(patches, found.rotation, out=turned)
+            torch.mm(left.copy_(turned), found.entries, out=scores)
         keys = scores[:n].view(kind).numpy()
         order_keys(keys)
         for k, words in zip(ks, out, strict=True):

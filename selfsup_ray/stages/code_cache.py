@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +48,16 @@ class Coding:
         mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
         return (images.float() / 255 - mean) / std
 
+    @cached_property
+    def _dictionary(self) -> tuple[Tensor, Tensor]:
+        """Kernel and bias, the same tensors each time: `patch_bits` prepares them once."""
+        return torch.from_numpy(self.kernel), torch.from_numpy(self.bias)
+
     def __call__(self, images: Tensor, *, threads: int = 1) -> Tensor:
         """Return the packed codes (B, h, w, ceil(N / 8)) of uint8 images (B, 3, S, S)."""
         [bits] = patch_bits(
             self.normalized(images),
-            torch.from_numpy(self.kernel),
-            torch.from_numpy(self.bias),
+            *self._dictionary,
             patch_size=self.patch_size,
             ks=[self.k],
             kind=self.kind,
@@ -71,6 +75,7 @@ class CodeCache:
 
     def __init__(self, array: ShardedArray, *, padding: int) -> None:
         self.array, self.padding = array, padding
+        self._shards: dict[int, Array] = {}
 
     @classmethod
     def open(cls, path: Path, *, padding: int) -> CodeCache:
@@ -95,9 +100,15 @@ class CodeCache:
         local = ids - self.array.offsets[owner]
         for i, (shard, row) in enumerate(zip(owner.tolist(), local.tolist(), strict=True)):
             top, left = int(windows.tops[i]), int(windows.lefts[i])
-            codes = self.array.shard(shard)[row, int(windows.flips[i])]
+            codes = self._shard(shard)[row, int(windows.flips[i])]
             out[i] = codes[top : top + self.side, left : left + self.side]
         return torch.from_numpy(out)
+
+    def _shard(self, i: int) -> Array:
+        """Return shard i, mapped once: opening it takes longer than reading a window."""
+        if i not in self._shards:
+            self._shards[i] = self.array.shard(i)
+        return self._shards[i]
 
 
 def cache_bytes(corpus: Corpus, coding: Coding, *, padding: int) -> int:
@@ -132,6 +143,8 @@ def _write_shard(
     """Write one shard; its pages go to disk as they are made, so that it need not fit memory."""
     array = ShardedArray.open(path)
     shape = (array.shard_rows[shard], *array.shape[1:])
+    if 0 in shape:  # no bytes, nothing to map
+        return array.write_shard(shard, np.empty(shape, np.uint8))
     with whole_file(array.shard_path(shard)) as temporary:
         out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         for start in range(0, len(out), IMAGES_AT_ONCE):
