@@ -19,6 +19,7 @@ from selfsup_ray.report_graph import duplicates_section, hubs_section, outliers_
 from selfsup_ray.report_html import Section, page
 from selfsup_ray.report_lowshot import lowshot_section
 from selfsup_ray.report_patches import patches_section
+from selfsup_ray.report_results import is_collection, write_results
 from selfsup_ray.report_run import Run
 from selfsup_ray.report_scores import scores_section
 from selfsup_ray.report_sections import (
@@ -55,8 +56,11 @@ def write_report(run: Path) -> Path:
     has not made is left out, with the reason. Memory does not grow with the corpus: images, map
     and neighbors come from bounded samples, sizes and extremes from passes over the shards; only
     the in-degrees of the graph take 4 bytes an image. Pairs of near duplicates are written beside.
-    Raises ArtifactError when the folder holds no stage of a run.
+    Of a folder of runs the page is the table of their labelled networks. Raises ArtifactError when
+    the folder holds no stage of a run.
     """
+    if is_collection(Path(run)):
+        return write_results(Path(run))
     opened = Run.open(Path(run))
     made = [section(opened) for section in SECTIONS]
     shown = [item for item in made if isinstance(item, Section)]

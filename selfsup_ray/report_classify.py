@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,10 +40,8 @@ def classify_section(run: Run) -> Section | str:
         return "No labelled network: the stage classify has not finished in this run."
     made = read_json(stage.path / "metrics.json")
     layers = made["layers"]
-    found = published_curve(
-        stage.config, patches=_config(run, "patches"), whiten=_config(run, "whiten")
-    )
-    body = paragraph(_setting(stage, made)) + _accuracies(stage, layers, found)
+    found = _published_run(run, stage)
+    body = paragraph(_setting(stage, made)) + _accuracies(result_rows(run))
     if len(layers) == 1:
         body += _by_epoch(layers[0], found)
     body += "<h3>Accuracy by epoch</h3>" + figures(_curves(layers, found))
@@ -68,22 +67,63 @@ def _setting(stage: StageFolder, made: Mapping[str, Any]) -> str:
     )
 
 
-def _accuracies(stage: StageFolder, layers: list[Layer], found: tuple[str, Curve] | None) -> str:
-    """Return a row for every layer and output."""
-    chosen = any("chosen_accuracy" in o for one in layers for o in one["outputs"].values())
+@dataclass(frozen=True)
+class Row:
+    """One output of one layer: accuracies in [0, 1], None where there is none."""
+
+    layer: int
+    k: str
+    """"-" where there is no k."""
+    parameters: int
+    max: float
+    max_epoch: int
+    last: float
+    chosen: float | None
+    """Test accuracy of the epoch that validation images chose."""
+    published_max: float | None
+    published_last: float | None
+
+
+def result_rows(run: Run) -> list[Row]:
+    """Return a row for every layer and output of a run whose classify has finished."""
+    stage = run.stage("classify")
+    assert stage is not None, "classify has not finished"
+    found, rows = _published_run(run, stage), []
+    for one in read_json(stage.path / "metrics.json")["layers"]:
+        for k, output in one["outputs"].items():
+            rows.append(
+                Row(
+                    int(one["layer"]),
+                    k,
+                    int(one["parameters"]),
+                    output["max_accuracy"],
+                    int(output["max_epoch"]),
+                    output["last_accuracy"],
+                    output.get("chosen_accuracy"),
+                    *_published(stage, one, k, found),
+                )
+            )
+    return rows
+
+
+def _published_run(run: Run, stage: StageFolder) -> tuple[str, Curve] | None:
+    return published_curve(
+        stage.config, patches=_config(run, "patches"), whiten=_config(run, "whiten")
+    )
+
+
+def _accuracies(rows: Sequence[Row]) -> str:
+    chosen = any(row.chosen is not None for row in rows)
     head = ["layer", "k", "parameters", "max, %", "at epoch", "last, %"]
     head += ["chosen, %"] if chosen else []
     head += ["published max, %", "published last, %"]
-    rows = []
-    for one in layers:
-        for i, (k, output) in enumerate(one["outputs"].items()):
-            other = _published(stage, one, k, found)
-            row = [str(one["layer"]), k, f"{one['parameters']:,}" if i == 0 else ""]
-            row += [_percent(output["max_accuracy"]), str(output["max_epoch"])]
-            row.append(_percent(output["last_accuracy"]))
-            row += [_percent(output.get("chosen_accuracy"))] if chosen else []
-            rows.append((*row, *map(_percent, other)))
-    return table(head, rows, numeric=range(len(head)))
+    cells = []
+    for row in rows:
+        numbers = [percent_or_nothing(row.max), str(row.max_epoch), percent_or_nothing(row.last)]
+        numbers += [percent_or_nothing(row.chosen)] if chosen else []
+        numbers += map(percent_or_nothing, (row.published_max, row.published_last))
+        cells.append((str(row.layer), row.k, f"{row.parameters:,}", *numbers))
+    return table(head, cells, numeric=range(len(head)))
 
 
 def _published(
@@ -93,11 +133,10 @@ def _published(
     if depths := published_depth(stage.config):
         # A network of D layers that is trained end to end has one entry: that of its depth.
         depth = int(layer["layer"]) if stage.config["model"]["name"] != "cnn" else depths[1]
-        return (DEPTH[depths[0]][depth - 1] if depth <= 4 else None), None
+        return DEPTH[depths[0]][depth - 1], None
     if found is None:
         return None, None
-    is_first = k == next(iter(layer["outputs"]))
-    if is_first:
+    if k == next(iter(layer["outputs"])):
         return found[1].max, found[1].last
     return (BY_K.get(float(k)), None) if found[0] == "phi_full" else (None, None)
 
@@ -110,8 +149,8 @@ def _by_epoch(layer: Layer, found: tuple[str, Curve] | None) -> str:
         return ""
     head = ("test accuracy, %", *(f"epoch {epoch}" for epoch in shown))
     rows = [
-        ("here", *(_percent(ours[epoch]) for epoch in shown)),
-        ("published", *(_percent(found[1].by_epoch.get(epoch)) for epoch in shown)),
+        ("here", *(percent_or_nothing(ours[epoch]) for epoch in shown)),
+        ("published", *(percent_or_nothing(found[1].by_epoch.get(epoch)) for epoch in shown)),
     ]
     return table(head, rows, numeric=range(1, len(head)))
 
@@ -190,5 +229,6 @@ def _by_depth(stage: StageFolder, layers: list[Layer]) -> str:
     )
 
 
-def _percent(value: float | None) -> str:
+def percent_or_nothing(value: float | None) -> str:
+    """Return an accuracy in percent with two digits; "" for None."""
     return "" if value is None else f"{100 * value:.2f}"

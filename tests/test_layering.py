@@ -38,7 +38,16 @@ LEVELS = {
     ),
     **dict.fromkeys(["report_patches"], 4),
     **dict.fromkeys(["report_graph", "report_map", "report_neighbors"], 4),
-    **dict.fromkeys(["report_classify", "report_dimension", "report_published", "report_sweep"], 4),
+    **dict.fromkeys(
+        [
+            "report_classify",
+            "report_dimension",
+            "report_published",
+            "report_results",
+            "report_sweep",
+        ],
+        4,
+    ),
     **dict.fromkeys(["cli", "__init__", "__main__"], 5),
 }
 # Imports between two packages of one level that the design asks for; the other way is refused.

@@ -15,8 +15,11 @@ from selfsup_ray.data.published_patches import (
     published_curve,
     published_depth,
 )
+from selfsup_ray.errors import ArtifactError
+from selfsup_ray.report import write_report
 from selfsup_ray.report_classify import classify_section
 from selfsup_ray.report_html import Section
+from selfsup_ray.report_results import is_collection
 from selfsup_ray.report_run import Run
 from selfsup_ray.stages.classify_config import ClassifyConfig
 from selfsup_ray.stages.patches import PatchesConfig
@@ -109,6 +112,9 @@ def test_the_published_numbers_are_those_of_the_tables():
     assert all(a < b for a, b in zip(BY_SIZE.values(), list(BY_SIZE.values())[1:], strict=False))
 
 
+COUNTS = {"num_train": 50_000, "num_validation": 0, "num_test": 10_000, "num_classes": 10}
+
+
 def layer(number: int, accuracies: dict[str, float], *, epochs: int = 10) -> dict[str, Any]:
     first = next(iter(accuracies.values()))
     curve = [
@@ -126,9 +132,8 @@ def section(run: Path, classify: dict[str, Any], layers: list[dict[str, Any]]) -
     for stage, values in (("classify", classify), ("patches", {}), ("whiten", {})):
         made = config(stage, values)
         begin(run / stage, stage=stage, config=made, inputs={})
-        finish(run / stage, stage=stage, config=made, inputs={}, seconds=1)
-    counts = {"num_train": 50_000, "num_validation": 0, "num_test": 10_000, "num_classes": 10}
-    write_json(run / "classify" / "metrics.json", {**counts, "layers": layers})
+        finish(run / stage, stage=stage, config=made, inputs={}, seconds=1, facts=COUNTS)
+    write_json(run / "classify" / "metrics.json", {**COUNTS, "layers": layers})
     shown = classify_section(Run.open(run))
     assert isinstance(shown, Section)
     return shown.body
@@ -170,3 +175,26 @@ def test_a_run_without_networks_says_so(tmp_path: Path):
     (tmp_path / "classify" / "done.json").unlink()
     made = classify_section(Run.open(tmp_path))
     assert made == "No labelled network: the stage classify has not finished in this run."
+
+
+def test_the_runs_of_a_folder_stand_in_one_table(tmp_path: Path):
+    section(tmp_path / "table1-phi-full", {"seed": 3}, [layer(1, {"256": 0.7654})])
+    deeper = {**model("phi_hard", pool=2), "deeper": [{"name": "code"}]}
+    section(tmp_path / "table4", deeper, [layer(1, {"256": 0.8}), layer(2, {"128": 0.6})])
+    section(tmp_path / "unfinished", {}, [layer(1, {"256": 0.7})])
+    (tmp_path / "unfinished" / "classify" / "done.json").unlink()
+    path = write_report(tmp_path)
+    text = path.read_text()
+    assert path == tmp_path / "report.html" and "2 runs with labelled networks, of 3" in text
+    rows = [line.split(",") for line in (tmp_path / "results.csv").read_text().splitlines()]
+    assert [row[0] for row in rows[1:]] == ["table1-phi-full", "table4", "table4"]
+    for number in ("76.54", "81.20", "80.89", "78.33", "65.17"):
+        assert number in text, number
+    assert is_collection(tmp_path) and not is_collection(tmp_path / "table4")
+
+
+def test_a_folder_of_runs_without_networks_is_refused(tmp_path: Path):
+    section(tmp_path / "run", {}, [layer(1, {"256": 0.7})])
+    (tmp_path / "run" / "classify" / "done.json").unlink()
+    with pytest.raises(ArtifactError, match="1 runs, but the stage classify has finished in none"):
+        write_report(tmp_path)
