@@ -1,4 +1,4 @@
-"""Memory of a training on the CPU: what a step frees stays in the process for the next step."""
+"""Memory of CPU work: what one step or task frees stays in the process for the next one."""
 
 from __future__ import annotations
 

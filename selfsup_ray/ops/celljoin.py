@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array
+from selfsup_ray.ops.cells import few_heights
 from selfsup_ray.ops.neighbors import Neighbors
 from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all, settle
 
 _TILE_ROWS = (64, 128, 256, 512, 1024)  # few shapes: each costs oneDNN a kernel
-_TILE_COLUMNS = (128, 256, 384, 512, 768, 1024)
+_TILE_COLUMNS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024)
+_BLOCK = 8192  # rows made narrow at once
 _PROBE_CELLS = 384  # nearest cells of a cell among which its rows choose their own
 
 
@@ -72,7 +74,7 @@ def probe(cells: Cells, rows: Tensor, start: int, *, probes: int) -> Array:
         others = near[cell - first]
         others = others[others != cell]
         chosen = centers[torch.from_numpy(others.astype(np.int64))]
-        scores = rows[a - start : b - start] @ chosen.T
+        scores = (rows[a - start : few_heights(a, b, stop) - start] @ chosen.T)[: b - a]
         out[a - start : b - start, 0] = cell
         out[a - start : b - start, 1:] = others[best_columns(scores, out.shape[1] - 1)]
     return out
@@ -102,9 +104,12 @@ def join(
     """
     if start == stop:
         return Neighbors(np.empty((0, k), np.int64), np.empty((0, k), np.float32)), np.empty(0, int)
-    queries = torch.from_numpy(np.array(cells.rows[start:stop]))
+    dim = cells.rows.shape[1]
     candidates = empty_candidates(stop - start, keep + 40)
-    narrow, tiles = queries.bfloat16(), _Tiles(queries.shape[1])
+    narrow, tiles = torch.empty(stop - start, dim, dtype=torch.bfloat16), _Tiles(dim)
+    for i in range(start, stop, _BLOCK):
+        block = np.array(cells.rows[i : min(i + _BLOCK, stop)])
+        narrow[i - start : i - start + len(block)] = torch.from_numpy(block)
     wanted = probe(cells, narrow, start, probes=probes)
     # A row's own list first: what is found there leaves little to keep of the others.
     for lists in (wanted[:, :1], wanted[:, 1:]):
@@ -118,9 +123,10 @@ def join(
                     scores = tiles.scores(narrow, some)
                     keep_largest(scores, b - a, a, some, start, keep, *candidates)
     keys, ids, used, _ = candidates
-    places, values = np.zeros((stop - start, k), np.int64), np.zeros((stop - start, k))
-    settle(queries.numpy(), cells.rows, cells.order, keep, keys, ids, used, places, values)
-    return Neighbors(places, values.astype(np.float32)), np.flatnonzero(used < k)
+    places, values = np.zeros((stop - start, k), np.int32), np.zeros((stop - start, k), np.float32)
+    queries = cells.rows[start:stop]
+    settle(queries, cells.rows, cells.order, keep, keys, ids, used, places, values)
+    return Neighbors(places, values), np.flatnonzero(used < k)
 
 
 def _by_cell(wanted: Array, num_cells: int) -> Iterator[tuple[int, Array]]:

@@ -5,6 +5,7 @@ Thousands of blank images would otherwise tie with each other, and fill one cell
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from selfsup_ray.ops.neighbors import Neighbors, merge_neighbors
 from selfsup_ray.ops.selection import hash_rows
 
 _NONE = np.iinfo(np.int64).max
+_BLOCK = 8192  # rows in memory at once
 
 
 @dataclass(frozen=True)
@@ -57,25 +59,29 @@ class Followers:
         return np.where(self.place[order][at] == places, owner[at], places)
 
 
-def leaders_first(rows: Array, ids: Array, cells: Array) -> tuple[Array, Array]:
+def leaders_first(rows: Callable[[Array], Array], ids: Array, cells: Array) -> tuple[Array, Array]:
     """Return (order, leader): rows by cell, in a cell the leaders by id and then their followers.
 
-    rows: (n, d) float32; ids: (n,); cells: (n,). order: (n,) positions; leader: (n,) for each
-    position of the order, the position in it of the first equal row of the same cell.
+    rows: gives the float32 rows at some of the positions 0..n-1; ids: (n,); cells: (n,). order:
+    (n,) positions; leader: (n,) for each position of the order, the position in it of the first
+    equal row of the same cell.
     """
-    n, hashes = len(rows), hash_rows(rows)
+    n = len(ids)
+    every = np.arange(n)
+    parts = [hash_rows(rows(every[i : i + _BLOCK])) for i in range(0, n, _BLOCK)]
+    hashes = np.concatenate([np.empty(0, np.uint64), *parts])
     by_hash = np.lexsort((ids, hashes, cells))
     same = (hashes[by_hash][1:] == hashes[by_hash][:-1]) & (
         cells[by_hash][1:] == cells[by_hash][:-1]
     )
     is_start = np.ones(n, bool)
     pairs = np.flatnonzero(same) + 1
-    for i in range(0, len(pairs), 4096):
-        at = pairs[i : i + 4096]
-        is_start[at] = (rows[by_hash[at]] != rows[by_hash[at - 1]]).any(axis=1)
+    for i in range(0, len(pairs), _BLOCK):
+        at = pairs[i : i + _BLOCK]
+        is_start[at] = (rows(by_hash[at]) != rows(by_hash[at - 1])).any(axis=1)
     leader = np.empty(n, np.int64)
     leader[by_hash] = by_hash[is_start][np.cumsum(is_start) - 1]
-    follows = leader != np.arange(n)
+    follows = leader != every
     order = np.lexsort((ids, follows, cells))
     position = np.empty(n, np.int64)
     position[order] = np.arange(n)

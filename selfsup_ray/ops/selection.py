@@ -173,17 +173,16 @@ def settle(
         filled = 0
         for j in range(count):
             place = np.int64(ids[i, j])
-            value = _product(queries[i], rows[place])
-            narrow = np.float32(value)
+            value = np.float32(_product(queries[i], rows[place]))
             at = filled
             if at == k:
-                last = np.float32(values[i, k - 1])
-                if narrow < last or (narrow == last and order[place] > order[out[i, k - 1]]):
+                last = values[i, k - 1]
+                if value < last or (value == last and order[place] > order[out[i, k - 1]]):
                     continue
                 at = k - 1
             while at > 0 and (
-                np.float32(values[i, at - 1]) < narrow
-                or (np.float32(values[i, at - 1]) == narrow and out[i, at - 1] > place)
+                values[i, at - 1] < value
+                or (values[i, at - 1] == value and order[out[i, at - 1]] > order[place])
             ):
                 values[i, at], out[i, at] = values[i, at - 1], out[i, at - 1]
                 at -= 1

@@ -8,8 +8,6 @@ whole, and is skipped when they exist; its memory depends on the config, not on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from selfsup_ray.artifacts import (
     Array,
@@ -27,7 +24,6 @@ from selfsup_ray.artifacts import (
     whole_file,
     write_json,
 )
-from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.ops.celljoin import Cells, join
@@ -36,9 +32,15 @@ from selfsup_ray.ops.cells import CellTree, assign_cells, fit_cells
 from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
 from selfsup_ray.ops.neighbors import Neighbors, drop_self, exact_topk, merge_neighbors
 from selfsup_ray.ops.rng import permuted
-from selfsup_ray.progress import track
+from selfsup_ray.stages.cell_files import BLOCK, gathered, write_into, write_new
+from selfsup_ray.stages.rounds import one_round
 
 MAX_CELLS = 262_144
+RANGE_ROWS = 524_288
+"""Rows joined at once, at most."""
+SMALL_BYTES = 8_000_000_000
+"""Up to this size rows are read by id, in the page cache; larger corpora are sorted by part first,
+since single rows from a disk cost a page each."""
 
 
 @config
@@ -123,24 +125,43 @@ class CellJoin:
     def sort(self, part: int) -> None:
         """Write the rows of a part in the order of their cells: runs of rows, ids and borders."""
         a, b = self.part_shards[part]
-        rows = np.concatenate([self.array.shard(i) for i in range(a, b)])
-        first, path = int(self.array.offsets[a]), self._path("run_rows", part)
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            raise ArtifactError(
-                f"{self.features} holds a number that is not finite in row "
-                f"{first + int(np.argmin(finite))}. Look at the encoder's training for "
-                f"divergence, then embed again."
-            )
-        cells = assign_cells(rows, self.tree)
+        first = int(self.array.offsets[a])
+        cells = np.concatenate([self._cells_of(i) for i in range(a, b)])
         order = np.argsort(cells, kind="stable")
         counts = np.bincount(cells, minlength=len(self.tree.centers))
-        with whole_file(path) as temporary:
-            target = np.lib.format.open_memmap(temporary, "w+", np.float32, rows.shape)
-            np.take(rows, order, axis=0, out=target)
-            del target
+        if not self.is_small:
+            path = self._path("run_rows", part)
+            write_new(path, self._corpus_rows, first + order, like=self._shards[a])
         self._write("run_ids", part, first + order)
         self._write("run_borders", part, np.concatenate([[0], np.cumsum(counts)]))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether rows are gathered from the corpus itself, not from sorted copies of its parts."""
+        return len(self.array) * self.array.shape[1] * 4 <= SMALL_BYTES
+
+    @cached_property
+    def _shards(self) -> list[Array]:
+        """The corpus' shards, memory-mapped once: a page costs when a map touches it first."""
+        return [self.array.shard(i) for i in range(self.array.num_shards)]
+
+    def _corpus_rows(self, ids: Array) -> Array:
+        return gathered(self._shards, ids)
+
+    def _cells_of(self, shard: int) -> Array:
+        """Return the cell of every row of a shard of the corpus."""
+        stored, cells = self._shards[shard], []
+        for i in range(0, len(stored), BLOCK):
+            rows = np.array(stored[i : i + BLOCK])
+            finite = np.isfinite(rows).all(axis=1)
+            if not finite.all():
+                row = int(self.array.offsets[shard]) + i + int(np.argmin(finite))
+                raise ArtifactError(
+                    f"{self.features} holds a number that is not finite in row {row}. Look at the "
+                    f"encoder's training for divergence, then embed again."
+                )
+            cells.append(assign_cells(rows, self.tree))
+        return np.concatenate([np.empty(0, np.int32), *cells])
 
     # -- gather
 
@@ -150,7 +171,7 @@ class CellJoin:
         assert isinstance(borders, np.ndarray)
         # A range costs its rows, and its candidates: 6 bytes each, twice k + extra of them.
         row_bytes = self.array.shape[1] * 6 + (self.k + self.method.extra) * 12 + self.k * 16
-        most = min(131_072, max(4096, self.method.memory_mb * 1_000_000 // row_bytes))
+        most = min(RANGE_ROWS, max(4096, self.method.memory_mb * 1_000_000 // row_bytes))
         cuts = [0]
         for cell in range(1, len(borders)):
             if borders[cell] - borders[cuts[-1]] > most and cell - 1 > cuts[-1]:
@@ -184,21 +205,24 @@ class CellJoin:
     def gather(self, i: int) -> None:
         """Put the pieces of range i together: its rows in cell order, distinct ones first."""
         low, high = self.ranges[i]
-        pieces: list[tuple[Array, Array, Array]] = []
+        pieces: list[tuple[Array, Array]] = []
+        runs: list[Array] = []
         for part in range(len(self.part_shards)):
             cuts = self._read("run_borders", part)
             here = slice(int(cuts[low]), int(cuts[high]))
             cells = np.repeat(np.arange(low, high), np.diff(cuts[low : high + 1]))
-            rows, ids = self._read("run_rows", part)[here], self._read("run_ids", part)[here]
-            pieces.append((rows, ids, cells))
-        rows, ids, cells = (np.concatenate(each) for each in zip(*pieces, strict=True))
-        del pieces
+            pieces.append((self._read("run_ids", part)[here], cells))
+            if not self.is_small:
+                runs.append(self._read("run_rows", part)[here])
+        ids, cells = (np.concatenate(each) for each in zip(*pieces, strict=True))
+
+        def rows(positions: Array) -> Array:
+            return gathered(runs, positions) if runs else self._corpus_rows(ids[positions])
+
         order, leader = leaders_first(rows, ids, cells)
         start, follows = int(self.borders[low]), np.flatnonzero(leader != np.arange(len(leader)))
-        for name, values in (("rows", rows), ("order", ids)):
-            target = np.load(self.work / f"{name}.npy", mmap_mode="r+")
-            target[start : start + len(order)] = values[order]
-            target.flush()
+        write_into(self.work / "rows.npy", start, rows, order)
+        write_into(self.work / "order.npy", start, ids.__getitem__, order)
         table = np.stack([leader[follows] + start, ids[order][follows], follows + start], axis=1)
         self._write("followers", i, table.astype(np.int64))
         self.order.write_shard(i, ids[order])
@@ -233,14 +257,28 @@ class CellJoin:
         if len(lacking):
             rest = self._search_all(start + lacking)
             found.ids[lacking], found.similarity[lacking] = rest.ids, rest.similarity
-        own = np.arange(start, stop)
-        rows = cells.rows[start:stop]
-        lengths = np.einsum("nd,nd->n", rows, rows, dtype=np.float64).astype(np.float32)
-        lists = expand(found, own, lengths, cells.order, self.followers)
         by_id = np.argsort(cells.order[start:stop])
-        self._write("list_similarity", i, lists.similarity[by_id])
-        self._write("list_neighbors", i, lists.ids[by_id].astype(self.id_type))
+        neighbors = self._named(found, start)
+        for name, values in (("similarity", found.similarity), ("neighbors", neighbors)):
+            path = self._path(f"list_{name}", i)
+            write_new(path, values.__getitem__, by_id, like=values)
         self._write("list_ids", i, np.asarray(cells.order[start:stop][by_id]))
+
+    def _named(self, found: Neighbors, start: int) -> Array:
+        """Return the lists (n, k) of places as lists of ids; similarities follow in place.
+
+        Followers of a listed row come in, and the last ones go.
+        """
+        named = np.empty(found.ids.shape, self.id_type)
+        for a in range(0, len(found), BLOCK):
+            some = slice(a, min(a + BLOCK, len(found)))
+            own = np.arange(start + some.start, start + some.stop)
+            rows = self.cells.rows[own[0] : own[-1] + 1]
+            lengths = np.einsum("nd,nd->n", rows, rows, dtype=np.float64).astype(np.float32)
+            part = Neighbors(found.ids[some], found.similarity[some])
+            lists = expand(part, own, lengths, self.cells.order, self.followers)
+            named[some], found.similarity[some] = lists.ids, lists.similarity
+        return named
 
     def _search_all(self, places: Array) -> Neighbors:
         """Return the lists of rows whose cells held too few others, by exact search, -1 padded."""
@@ -317,17 +355,20 @@ def cell_graph(
         require_disk(folder, size_bytes=n * (2 * dim * 4 + k * 8 + 24))
         task.fit()
     parts = range(len(task.part_shards))
-    _round(
-        task.sort, "graph: sort", [i for i in parts if not task.is_written("run_borders", i)], ask
-    )
+    left = [i for i in parts if not task.is_written("run_borders", i)]
+    one_round(task.sort, "graph: sort", left, ask)
     if not (task.work / "ranges.json").exists():
         task.plan()
     ranges = range(len(task.ranges))
-    _round(task.gather, "graph: gather", [i for i in ranges if not task.order.is_written(i)], ask)
-    _round(task.join, "graph: join", [i for i in ranges if not task.is_written("list_ids", i)], ask)
+    one_round(
+        task.gather, "graph: gather", [i for i in ranges if not task.order.is_written(i)], ask
+    )
+    one_round(
+        task.join, "graph: join", [i for i in ranges if not task.is_written("list_ids", i)], ask
+    )
     ids = ShardedArray.open(folder / "ids")
     left = [i for i in parts if not all(ids.is_written(j) for j in range(*task.part_shards[i]))]
-    _round(task.scatter, "graph: scatter", left, ask)
+    one_round(task.scatter, "graph: scatter", left, ask)
 
 
 def remove_work(folder: Path) -> None:
@@ -335,32 +376,3 @@ def remove_work(folder: Path) -> None:
     for path in (folder / "cells").glob("*.npy"):
         if path.name != "borders.npy":
             path.unlink()
-
-
-def _round(fn: Callable[[int], None], label: str, todo: list[int], ask: Resources) -> None:
-    """Run one round of tasks by Ray, or here on as many threads as `cpus`, in no fixed order."""
-    if ask.workers or ask.cpus < 2:
-        for _ in map_shards(_OneThread(fn), todo, ask, label=label):
-            pass
-        return
-    with ThreadPoolExecutor(
-        int(ask.cpus), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        with track(label, len(todo), "shards") as progress:
-            for _ in pool.map(fn, todo):
-                progress.advance()
-
-
-@dataclass(frozen=True)
-class _OneThread:
-    """A task on one thread: sums have the same order everywhere, and tasks run side by side."""
-
-    fn: Callable[[int], None]
-
-    def __call__(self, i: int) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            self.fn(i)
-        finally:
-            torch.set_num_threads(threads)

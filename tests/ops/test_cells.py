@@ -153,7 +153,7 @@ def test_leaders_come_first_in_their_cell_and_followers_know_them():
     cells = np.arange(40) % 3
     rows[[3, 6, 30, 4]] = rows[0]  # 4 is in another cell
     rows[[11, 20]] = rows[2]
-    order, leader = leaders_first(rows, ids, cells)
+    order, leader = leaders_first(rows.__getitem__, ids, cells)
     assert (np.diff(cells[order]) >= 0).all()
     for position, who in enumerate(leader):
         a, b = order[position], order[who]
@@ -170,7 +170,7 @@ def test_lists_of_distinct_rows_expand_to_the_lists_of_all_rows():
     rows[10:22] = rows[5]
     rows[[30, 45]] = rows[29]
     cells = np.zeros(60, int)
-    order, leader = leaders_first(rows, np.arange(60), cells)
+    order, leader = leaders_first(rows.__getitem__, np.arange(60), cells)
     place = np.arange(60)
     follows = np.flatnonzero(leader != place)
     table = np.stack([leader[follows], order[follows], follows], axis=1)

@@ -12,6 +12,7 @@ from selfsup_ray.artifacts import ShardedArray
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.ops.neighbors import drop_self, exact_topk
+from selfsup_ray.stages import cell_graph
 from selfsup_ray.stages.cell_graph import CellJoin, CellsConfig
 from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
 
@@ -168,3 +169,15 @@ def test_a_recall_below_the_least_wanted_fails_the_stage(tmp_path):
 def test_the_cell_join_refuses_a_gpu_it_would_not_use():
     with pytest.raises(ConfigError, match="works on CPUs"):
         GraphConfig(method=CellsConfig(), resources=Resources(gpus=1))
+
+
+def test_a_corpus_that_is_sorted_by_part_first_gives_the_same_graph(tmp_path, monkeypatch):
+    rows = unit_rows(900)
+    rows[::7] = rows[3]  # followers, in many parts
+    direct = built(tmp_path / "direct", rows, CellsConfig(**SMALL))
+    monkeypatch.setattr(cell_graph, "SMALL_BYTES", 0)
+    sorted_first = built(tmp_path / "sorted", rows, CellsConfig(**SMALL, memory_mb=1))
+    for name in ("ids", "similarity"):
+        np.testing.assert_array_equal(
+            np.asarray(getattr(direct, name)), np.asarray(getattr(sorted_first, name))
+        )

@@ -1,0 +1,63 @@
+"""Files of the cell join: rows gathered from memory maps and written a block at a time.
+
+Fresh memory is what costs here, not copying: a page that a process or a map touches first costs
+about ten times a write. So blocks are small enough that their memory is used again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from selfsup_ray.artifacts import Array, whole_file
+
+BLOCK = 16_384
+"""Rows read, compared or written at once."""
+
+Rows = Callable[[Array], Array]
+"""Positions (n,) -> the rows there, (n, …)."""
+
+
+def gathered(pieces: Sequence[Array], ids: Array) -> Array:
+    """Return the rows at these positions of arrays that follow one another: (n, …)."""
+    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
+    out = np.empty((len(ids), *pieces[0].shape[1:]), pieces[0].dtype)
+    owner = np.searchsorted(starts, ids, side="right") - 1
+    for i in np.unique(owner):
+        here = np.flatnonzero(owner == i)
+        out[here] = pieces[i][ids[here] - starts[i]]
+    return out
+
+
+def write_new(path: Path, rows: Rows, order: Array, *, like: Array) -> None:
+    """Write the rows at the positions `order` as a .npy file, whole or not at all.
+
+    like: an array with the type and the row shape of what is written.
+    """
+    header = {
+        "descr": np.lib.format.dtype_to_descr(like.dtype),
+        "fortran_order": False,
+        "shape": (len(order), *like.shape[1:]),
+    }
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        _write(file, rows, order)
+
+
+def write_into(path: Path, place: int, rows: Rows, order: Array) -> None:
+    """Write the rows at the positions `order` into an existing .npy file, from row `place` on."""
+    target = np.load(path, mmap_mode="r")
+    with open(path, "r+b") as file:
+        file.seek(target.offset + place * target.strides[0])
+        _write(file, rows, order)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(file: BinaryIO, rows: Rows, order: Array) -> None:
+    for i in range(0, len(order), BLOCK):
+        file.write(np.ascontiguousarray(rows(order[i : i + BLOCK])).data)
