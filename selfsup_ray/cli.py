@@ -109,7 +109,9 @@ def _add_sweep(commands: Commands) -> None:
 
 def _add_report(commands: Commands) -> None:
     """selfsup-ray report RUN_FOLDER"""
-    command = commands.add_parser("report", help="write report.html of a run folder again")
+    command = commands.add_parser(
+        "report", help="write report.html of a run folder again, or the table of a folder of runs"
+    )
     command.add_argument("run", type=Path, metavar="RUN_FOLDER")
     command.set_defaults(call=_report)
 
