@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup_ray.models.norm import BatchNorm
 from selfsup_ray.models.patch_layers import CNNConfig, blocks_of
+from selfsup_ray.ops.patch_codes import Precision
+from selfsup_ray.ops.relu_pool import relu_pool
 
 
 class PatchCNN(nn.Module):
@@ -56,14 +60,35 @@ def _block(
     config: CNNConfig, channels: int, out: int, number: int, *, averaged: bool
 ) -> nn.Sequential:
     kernel, padding = _of(config.kernel_size, number), _of(config.padding, number)
-    layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, padding=padding), nn.ReLU()]
-    if averaged:
-        layers.append(nn.AvgPool2d(2))
+    conv = nn.Conv2d(channels, out, kernel, padding=padding)
+    layers: list[nn.Module] = [_ConvReLU(conv, pool=2 if averaged else 1)]
     if config.batch_norm == "all" or (config.batch_norm == "first" and number == 0):
         layers.append(BatchNorm(out))
     if config.bottleneck is not None:
         layers.append(nn.Conv2d(out, config.bottleneck, 1))
     return nn.Sequential(*layers)
+
+
+class _ConvReLU(nn.Module):
+    """Convolution, ReLU and average pooling, of which a last odd row or column is left out."""
+
+    def __init__(self, conv: nn.Conv2d, *, pool: int) -> None:
+        super().__init__()
+        self.conv, self.pool = conv, pool
+        self.is_padded = conv.padding != (0, 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the map (B, N, h', w') of images (B, C, H, W)."""
+        sides = [length - self.conv.kernel_size[0] + 1 for length in images.shape[2:]]
+        if self.is_padded or any(side % self.pool for side in sides):
+            z = F.relu(self.conv(images))
+            return z if self.pool == 1 else F.avg_pool2d(z, self.pool)
+        kind = images.device.type
+        precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None, "the convolution has a bias"
+        with torch.autocast(kind, enabled=False):
+            return relu_pool(images.float(), weight, bias, pool=self.pool, precision=precision)
 
 
 def _of(values: tuple[int, ...], number: int) -> int:

@@ -25,8 +25,14 @@ from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.classifier import Classifier
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.models.locally_linear import PatchNetwork
-from selfsup_ray.models.patch_layers import CodeConfig, PhiSimpleConfig, entries
-from selfsup_ray.models.weights import write_weights
+from selfsup_ray.models.patch_layers import (
+    CodeConfig,
+    PhiFullConfig,
+    PhiHardConfig,
+    PhiSimpleConfig,
+    entries,
+)
+from selfsup_ray.models.weights import read_weights, write_weights
 from selfsup_ray.stages.classify_config import ClassifyConfig
 from selfsup_ray.stages.classify_data import MeasuredImages, Split, TrainingImages, split_images
 from selfsup_ray.stages.classify_layers import write_dictionary
@@ -38,6 +44,8 @@ from selfsup_ray.stages.classify_network import (
 )
 from selfsup_ray.stages.classify_results import facts_of, layer_result
 from selfsup_ray.stages.code_cache import CodeCache, Coding, write_codes
+from selfsup_ray.stages.patch_dictionary import PatchDictionary
+from selfsup_ray.stages.patch_pictures import write_ranked
 from selfsup_ray.stages.trained import trained
 from selfsup_ray.tracking import Tracker
 
@@ -142,11 +150,14 @@ def classify(
         "num_test": len(split.test),
     }
     metrics = {**facts_of(layers), **counts, "layers": layers}
+    pictures = _pictures(plan)
     write_json(out / "metrics.json", metrics)
     facts = {k: v for k, v in flatten(metrics | {"layers": None}).items() if v is not None}
     seconds = time.monotonic() - began
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
+        for picture in pictures:
+            tracker.artifact(picture)
     finish(out, stage="classify", config=config, inputs=inputs, seconds=seconds, facts=facts)
     shutil.rmtree(out / "codes", ignore_errors=True)
     made = Classified.open(out)
@@ -246,6 +257,22 @@ def _build(
         precision=config.precision,
     )
     return objective, TrainingImages(corpus, split.train, views, codes), views
+
+
+def _pictures(plan: NetworkPlan) -> list[Path]:
+    """Draw the dictionary's entries that weigh most and least in the bottleneck; return the files.
+
+    An entry's weight is the length of its column in the bottleneck of the first layer.
+    """
+    model = plan.config.model
+    if plan.encoder is None or not isinstance(model, PhiFullConfig | PhiHardConfig):
+        return []
+    summed = isinstance(model, PhiFullConfig) and model.maps_per_entry is not None
+    if model.bottleneck is None or model.embedding != "dictionary" or summed:
+        return []  # no channel stands for an entry
+    weight = read_weights(plan.folder(1) / WEIGHTS)["layers.0.bottleneck.weight"]
+    scores = weight.transpose(0, 1).flatten(1).norm(dim=1).numpy()
+    return write_ranked(PatchDictionary.open(plan.encoder.path), scores, plan.out)
 
 
 class LayerTracker(Tracker):

@@ -13,6 +13,8 @@ from selfsup_ray.stages.patch_dictionary import PatchDictionary
 SHOWN = 256
 """Entries in a picture."""
 ACROSS = 16
+RANKED = 64
+"""Entries in a picture of the best or the worst."""
 ENLARGED = 6
 """Pixels of a picture for one of a patch."""
 
@@ -34,6 +36,26 @@ def write_pictures(dictionary: PatchDictionary, out: Path) -> list[Path]:
     return paths
 
 
+def write_ranked(dictionary: PatchDictionary, scores: Array, out: Path) -> list[Path]:
+    """Write the entries of highest and lowest score, an 8 x 8 grid each, as patches and whitened.
+
+    scores: (N,). Files best.png, worst.png, best_whitened.png and worst_whitened.png; returns their
+    paths. None where the patches are of maps with other than 1 or 3 channels.
+    """
+    if dictionary.raw.shape[1] not in (1, 3):
+        return []
+    best = np.argsort(-scores, kind="stable")
+    paths = []
+    for name, ids in (("best", best[:RANKED]), ("worst", best[::-1][:RANKED])):
+        for kind, patches in (("", dictionary.raw), ("_whitened", dictionary.zca)):
+            path = out / f"{name}{kind}.png"
+            with whole_file(path) as temporary:
+                tiles = patch_tiles(patches[ids])
+                Image.fromarray(_picture(tiles, across=8)).save(temporary, "PNG")
+            paths.append(path)
+    return paths
+
+
 def by_size(counts: Array) -> Array:
     """Return entries by the patches they stand for, most first, ties by lower entry: (N,) int64."""
     return np.argsort(-counts, kind="stable")
@@ -51,10 +73,10 @@ def patch_tiles(patches: Array) -> Array:
     return np.repeat(tiles, 3, axis=3) if tiles.shape[3] == 1 else tiles
 
 
-def _picture(tiles: Array) -> Array:
+def _picture(tiles: Array, across: int = ACROSS) -> Array:
     """Return tiles (n, s, s, 3) enlarged, in rows with a white line between them."""
     n, s = tiles.shape[:2]
-    columns = min(ACROSS, n)
+    columns = min(across, n)
     rows, pitch = -(-n // columns), s * ENLARGED + 2
     whole = np.full((rows * pitch, columns * pitch, 3), 255, np.uint8)
     large = tiles.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from selfsup_ray.artifacts import read_json
 from selfsup_ray.config import Resources, build
@@ -28,6 +29,8 @@ from selfsup_ray.stages.classify import Classified, _build, classify
 from selfsup_ray.stages.classify_config import ClassifyConfig
 from selfsup_ray.stages.classify_data import split_images
 from selfsup_ray.stages.classify_network import NetworkPlan
+from selfsup_ray.stages.patch_dictionary import PatchDictionary
+from selfsup_ray.stages.patch_pictures import patch_tiles
 from selfsup_ray.stages.patches import PatchesConfig, fit_patches
 from selfsup_ray.stages.whiten import WhitenConfig, whiten
 from selfsup_ray.tracking import read_records
@@ -117,6 +120,19 @@ def test_the_network_in_the_folder_has_the_accuracy_that_was_measured(made: Path
     assert len(ids) + len(done.split.train) == N
 
 
+def test_the_patches_that_weigh_most_and_least_are_drawn(made: Path, tmp_path: Path):
+    done = run(made, tmp_path / "c")
+    for name in ("best", "worst", "best_whitened", "worst_whitened"):
+        with Image.open(done.path / f"{name}.png") as picture:
+            assert picture.size == (8 * 20, 2 * 20)  # 16 entries of 3 x 3, six times as large
+    norms = weights(done)["layers.0.bottleneck.weight"].flatten(1).norm(dim=0)
+    raw = PatchDictionary.open(made / "patches").raw[int(norms.argmax())]
+    want = patch_tiles(raw[None])[0]
+    with Image.open(done.path / "best.png") as picture:
+        got = np.asarray(picture)[1:19:6, 1:19:6]
+    np.testing.assert_array_equal(got, want)
+
+
 def test_cached_codes_change_nothing(made: Path, tmp_path: Path):
     plain = run(made, tmp_path / "plain")
     cached = run(made, tmp_path / "cached", cache_codes=True)
@@ -188,9 +204,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(made: Path, tmp_path: Pat
     records = read_records(out / "layer1" / "metrics.jsonl")
     steps = [record["step"] for record in records]
     assert steps == sorted(set(steps))
-    assert_same(
-        run(made, tmp_path / "whole", epochs=6, checkpoint_every=3), resumed
-    )
+    assert_same(run(made, tmp_path / "whole", epochs=6, checkpoint_every=3), resumed)
 
 
 def trained_on(made: Path, out: Path, config: ClassifyConfig) -> dict[str, Any]:
