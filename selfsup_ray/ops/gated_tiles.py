@@ -1,24 +1,34 @@
-"""The fast way through the gated linear layer on a CPU: a few hundred positions at a time, one
-product with all entries, and the sums over windows while it is in the cache; the same backward."""
+"""The fast way through the gated linear layer on a CPU, forward and backward.
+
+A few hundred positions at a time: one product with all entries, and the sums over windows while it
+is in the cache. Where few bits are set, one product for each of them instead.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.gated_kernels import add_patches, pool_bands, spread_bands
+from selfsup_ray.ops.gated_sparse import add_gradients, pool_bits
 from selfsup_ray.ops.patch_selection import LANES, packed_words, patch_rows, row_width
 from selfsup_ray.ops.patch_tiles import on_threads, with_spare
 
 _TILE_ROWS = 448  # positions multiplied at once, about: the products stay in the cache
-_PIECE_IMAGES = 4  # whose sums are made in order; fixed, so that threads change no rounding
+_SPARSE = {torch.bfloat16: 1 / 32, torch.float32: 1 / 8}  # up to this share of bits it is faster
+_PIECES = 16  # at most, each at least 4 images: sums in a fixed order, so threads round nothing
 
 
 class GatedTiles:
-    """The gated linear layer at some images; arguments as `gated_pool`, weight (N, C s s)."""
+    """The gated linear layer at some images; arguments as `gated_pool`, weight (N, C s s).
+
+    entries: what rows (patch, 1, 1, 1, 0 …) are multiplied with, (width, 64 W) or, where few bits
+    are set, (N, width) float32.
+    """
 
     def __init__(
         self,
@@ -34,21 +44,24 @@ class GatedTiles:
         self.images, self.patch_size, self.pool = images, patch_size, pool
         self.height, self.width = bits.shape[1:3]
         self.bands = -(-self.height // pool)  # rows of windows in an image
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.words = packed_words(bits.numpy())
         self.pixels = with_spare(images)
-        self.entries = self._entries(weight.detach(), bias.detach())
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        # Every position has as many bits as the first, but for ties.
+        few = np.bitwise_count(self.words[:1]).sum() <= _SPARSE[dtype] * self.size
+        self.is_sparse = bool(few)
+        self.entries = self._entries(weight.detach(), bias.detach(), dtype)
 
-    def _entries(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return the matrix (width, 64 W) that rows (patch, 1, 1, 1, 0 …) are multiplied with."""
-        columns = self.words.shape[1] * LANES
-        made = torch.zeros(row_width(self.dim, self.patch_size), columns, dtype=self.dtype)
+    def _entries(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        columns = self.size if self.is_sparse else self.words.shape[1] * LANES
+        width = row_width(self.dim, self.patch_size)
+        made = torch.zeros(width, columns, dtype=torch.float32 if self.is_sparse else dtype)
         made[: self.dim, : self.size] = weight.T
         rest = bias.float()
         for part in range(3):  # bfloat16 has 8 bits of the bias's 24
             made[self.dim + part, : self.size] = rest
             rest = rest - made[self.dim + part, : self.size].float()
-        return made
+        return made.T.contiguous() if self.is_sparse else made
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -61,13 +74,9 @@ class GatedTiles:
         means = out.flatten(0, 1).numpy()
 
         def piece(first: int, last: int) -> None:
-            patches, left = self._buffers()
-            scores = torch.empty(self.tile_rows, self.entries.shape[1], dtype=self.dtype)
+            tile = _SparseTile(self) if self.is_sparse else _DenseTile(self)
             for a, b in self._tiles(first, last):
-                n = self._load(a, b, patches, left)
-                torch.mm(left[:n], self.entries, out=scores[:n])
-                sizes = self.width, self.height, self.pool
-                pool_bands(_numbers(scores), self.words, *sizes, a, b, means)
+                tile.means(a, b, means)
 
         on_threads(piece, self._pieces())
         return out
@@ -85,23 +94,23 @@ class GatedTiles:
         means = gradient.float().contiguous().flatten(0, 1).numpy()
 
         def piece(first: int, last: int) -> None:
-            patches, left = self._buffers()
-            total = of_entries[first // (_PIECE_IMAGES * self.bands)]
-            spread = torch.empty(self.tile_rows, self.entries.shape[1], dtype=self.dtype)
-            product = torch.empty(self.entries.shape, dtype=self.dtype)
+            tile = _SparseTile(self) if self.is_sparse else _DenseTile(self)
+            total = of_entries[pieces.index((first, last))]
             for a, b in self._tiles(first, last):
-                n = self._load(a, b, patches, left)
-                sizes = self.width, self.height, self.pool
-                spread_bands(means, self.words, *sizes, a, b, _numbers(spread))
-                total += torch.mm(left[:n].T, spread[:n], out=product)
+                rows = tile.gradients(a, b, means, total, patches_too=images_too)
                 if of_images is not None:
-                    torch.mm(spread[:n], self.entries.T, out=left[:n])
-                    rows = patches[:n].copy_(left[:n]).numpy()
-                    add_patches(rows, self.patch_size, self._position(a), of_images.numpy())
+                    add_patches(rows, self.patch_size, self.position(a), of_images.numpy())
 
         on_threads(piece, pieces)
-        summed = of_entries.sum(dim=0)[:, : self.size]
-        return of_images, summed[: self.dim].T, summed[self.dim].clone()
+        summed = of_entries.sum(dim=0)
+        if not self.is_sparse:
+            summed = summed[:, : self.size].T
+        return of_images, summed[:, : self.dim], summed[:, self.dim].clone()
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What the kernels ask for: width and height of the code, and the pool."""
+        return self.width, self.height, self.pool
 
     @property
     def tile_bands(self) -> int:
@@ -114,27 +123,87 @@ class GatedTiles:
         return self.tile_bands * min(self.pool, self.height) * self.width
 
     def _pieces(self) -> list[tuple[int, int]]:
-        step, last = _PIECE_IMAGES * self.bands, len(self.images) * self.bands
+        step = max(4, -(-len(self.images) // _PIECES)) * self.bands
+        last = len(self.images) * self.bands
         return [(a, min(a + step, last)) for a in range(0, last, step)]
 
     def _tiles(self, first: int, last: int) -> list[tuple[int, int]]:
         return [(a, min(a + self.tile_bands, last)) for a in range(first, last, self.tile_bands)]
 
-    def _position(self, band: int) -> int:
+    def position(self, band: int) -> int:
         """Return the position at which a band begins."""
         image, y = divmod(band, self.bands)
         return (image * self.height + y * self.pool) * self.width
 
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        patches = torch.empty(self.tile_rows, self.entries.shape[0])
-        return patches, torch.empty(patches.shape, dtype=self.dtype)
-
-    def _load(self, first: int, last: int, patches: Tensor, left: Tensor) -> int:
-        """Fill both with the patches of bands [first, last); return how many they are."""
-        a, b = self._position(first), self._position(last)
+    def load(self, first: int, last: int, patches: Tensor) -> int:
+        """Fill rows with the patches of bands [first, last); return how many they are."""
+        a, b = self.position(first), self.position(last)
         patch_rows(self.pixels, self.patch_size, a, b, patches.numpy())
-        left[: b - a].copy_(patches[: b - a])
         return b - a
+
+
+class _DenseTile:
+    """The products of some positions with all entries, and the buffers they are made in."""
+
+    def __init__(self, layer: GatedTiles) -> None:
+        width, columns = layer.entries.shape
+        self.layer, dtype = layer, layer.entries.dtype
+        self.patches = torch.empty(layer.tile_rows, width)
+        self.left = torch.empty(layer.tile_rows, width, dtype=dtype)
+        self.products = torch.empty(layer.tile_rows, columns, dtype=dtype)
+        self.sums = torch.empty(width, columns, dtype=dtype)
+
+    def _load(self, first: int, last: int) -> int:
+        n = self.layer.load(first, last, self.patches)
+        self.left[:n].copy_(self.patches[:n])
+        return n
+
+    def means(self, first: int, last: int, out: Array) -> None:
+        """Fill bands [first, last) of out."""
+        layer, n = self.layer, self._load(first, last)
+        torch.mm(self.left[:n], layer.entries, out=self.products[:n])
+        pool_bands(_numbers(self.products), layer.words, *layer.sizes, first, last, out)
+
+    def gradients(
+        self, first: int, last: int, of_means: Array, total: Tensor, *, patches_too: bool
+    ) -> Array:
+        """Add the entries' gradient from bands [first, last); return the patches', if wanted."""
+        layer, n = self.layer, self._load(first, last)
+        spread = self.products[:n]
+        spread_bands(of_means, layer.words, *layer.sizes, first, last, _numbers(spread))
+        total += torch.mm(self.left[:n].T, spread, out=self.sums)
+        if patches_too:
+            torch.mm(spread, layer.entries.T, out=self.left[:n])
+            self.patches[:n].copy_(self.left[:n])
+        return self.patches[:n].numpy()
+
+
+class _SparseTile:
+    """The same with a product for each bit that is set."""
+
+    def __init__(self, layer: GatedTiles) -> None:
+        self.layer = layer
+        self.patches = torch.empty(layer.tile_rows, layer.entries.shape[1])
+        self.spread = torch.empty_like(self.patches)
+
+    def means(self, first: int, last: int, out: Array) -> None:
+        """Fill bands [first, last) of out."""
+        layer = self.layer
+        layer.load(first, last, self.patches)
+        rows = self.patches.numpy(), layer.entries.numpy()
+        pool_bits(*rows, layer.words, *layer.sizes, first, last, out)
+
+    def gradients(
+        self, first: int, last: int, of_means: Array, total: Tensor, *, patches_too: bool
+    ) -> Array:
+        """Add the entries' gradient from bands [first, last); return the patches', if wanted."""
+        layer = self.layer
+        n = layer.load(first, last, self.patches)
+        rows = self.patches.numpy(), layer.entries.numpy()
+        found = self.spread[: n if patches_too else 0].numpy()
+        where = (*layer.sizes, first, last)
+        add_gradients(of_means, *rows, layer.words, *where, total.numpy(), found)
+        return found
 
 
 def _numbers(tile: Tensor) -> Array:

@@ -45,6 +45,8 @@ SHAPES = [
     pytest.param((2, 7, 14, 14, 65, 3, 9), 2, id="many channels"),
     pytest.param((2, 2, 6, 6, 9, 1, 3), 7, id="a window larger than the image"),
     pytest.param((5, 1, 25, 31, 8, 2, 8), 3, id="all entries, five images"),
+    pytest.param((5, 3, 12, 11, 130, 3, 4), 4, id="few bits"),
+    pytest.param((20, 3, 7, 7, 70, 3, 1), None, id="one bit, no pooling"),
 ]
 
 
@@ -84,9 +86,10 @@ def test_images_get_no_gradient_unless_they_ask():
     assert images.grad is None and bias.grad is None and weight.grad.shape == (64, 27)
 
 
+@pytest.mark.parametrize("k", [1, 20], ids=["few bits", "many"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_threads_change_no_bit(precision):
-    images, bits, weight, bias = case(9, 3, 12, 12, 64, 3, 5)
+def test_threads_change_no_bit(precision, k: int):
+    images, bits, weight, bias = case(9, 3, 12, 12, 64, 3, k)
     before, found = torch.get_num_threads(), []
 
     def call(x, v, b):
