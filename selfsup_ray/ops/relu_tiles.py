@@ -11,8 +11,9 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.gated_kernels import pool_bands
-from selfsup_ray.ops.gated_tiles import GatedTiles, _numbers
+from selfsup_ray.ops.gated_tiles import GatedTiles, _DenseTile, _numbers
 from selfsup_ray.ops.patch_selection import LANES
 from selfsup_ray.ops.patch_tiles import on_threads
 
@@ -63,7 +64,7 @@ class ReluTiles(GatedTiles):
     ) -> None:
         s = weight.shape[2]
         shape = (images.shape[0], images.shape[2] - s + 1, images.shape[3] - s + 1)
-        bits = torch.zeros(*shape, -(-len(weight) // 8), dtype=torch.uint8)
+        bits = torch.full((*shape, -(-len(weight) // 8)), 255, dtype=torch.uint8)  # until known
         super().__init__(images.float(), bits, weight.flatten(1), bias, s, pool, precision)
 
     def forward(self) -> Tensor:
@@ -72,14 +73,21 @@ class ReluTiles(GatedTiles):
         means = out.flatten(0, 1).numpy()
 
         def piece(first: int, last: int) -> None:
-            patches, left = self._buffers()
-            scores = torch.empty(self.tile_rows, self.entries.shape[1], dtype=self.dtype)
+            tile = _ReluTile(self)
             for a, b in self._tiles(first, last):
-                n = self._load(a, b, patches, left)
-                torch.mm(left[:n], self.entries, out=scores[:n])
-                sign_words(_numbers(scores), n, self.words, self._position(a))
-                sizes = self.width, self.height, self.pool
-                pool_bands(_numbers(scores), self.words, *sizes, a, b, means)
+                tile.means(a, b, means)
 
         on_threads(piece, self._pieces())
         return out
+
+
+class _ReluTile(_DenseTile):
+    """Products whose signs are noted before they are summed."""
+
+    def means(self, first: int, last: int, out: Array) -> None:
+        """Fill bands [first, last) of out, and their bits."""
+        layer, n = self.layer, self._load(first, last)
+        torch.mm(self.left[:n], layer.entries, out=self.products[:n])
+        products = _numbers(self.products)
+        sign_words(products, n, layer.words, layer.position(first))
+        pool_bands(products, layer.words, *layer.sizes, first, last, out)
