@@ -98,31 +98,40 @@ def test_shards_are_cut_at_whole_blocks_and_hold_every_row_once(tmp_path: Path):
 
 
 RUN = """
-import sys
+import sys, time
 from pathlib import Path
 from selfsup_ray.artifacts import ShardedArray
-from selfsup_ray.cluster.kmeans import kmeans_sharded
+from selfsup_ray.cluster import kmeans
 from selfsup_ray.config import Resources
+
+def slow_write(*arguments):
+    plain_write(*arguments)
+    time.sleep(0.5)
+
+plain_write, kmeans._write = kmeans._write, slow_write
 folder = Path(sys.argv[1])
 points = ShardedArray.open(folder / "points")
-kmeans_sharded(points, 40, iterations=150, resources=Resources(workers=0), out=folder / "out")
+kmeans.kmeans_sharded(
+    points, 40, iterations=25, resources=Resources(workers=0), out=folder / "out"
+)
 """
 
 
 def test_a_run_killed_in_the_middle_continues_to_the_same_bits(tmp_path: Path):
-    points = mixture(BLOCK, dim=20)
+    points = mixture(BLOCK + 500)
     array = stored(tmp_path / "points", points)
     process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)])
     state = tmp_path / "out" / module.STATE
     deadline = time.monotonic() + 60
     while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    stopped = module._read(state, module._request(BLOCK, 40, 150, 0, "bfloat16", False, None))
-    assert isinstance(stopped, module.State) and len(stopped.objective) < 150
-    found = kmeans_sharded(array, 40, iterations=150, resources=HERE, out=tmp_path / "out")
-    assert_same_bits(found, kmeans(points, 40, iterations=150))
+    request = module._request(len(points), 40, 25, 0, "bfloat16", False, None)
+    stopped = module._read(state, request)
+    assert isinstance(stopped, module.State) and len(stopped.objective) < 25
+    found = kmeans_sharded(array, 40, iterations=25, resources=HERE, out=tmp_path / "out")
+    assert_same_bits(found, kmeans(points, 40, iterations=25))
 
 
 def test_a_finished_run_is_read_back_without_its_points(tmp_path: Path):
