@@ -74,7 +74,7 @@ class GatedTiles:
         means = out.flatten(0, 1).numpy()
 
         def piece(first: int, last: int) -> None:
-            tile = _SparseTile(self) if self.is_sparse else _DenseTile(self)
+            tile = SparseTile(self) if self.is_sparse else DenseTile(self)
             for a, b in self._tiles(first, last):
                 tile.means(a, b, means)
 
@@ -94,7 +94,7 @@ class GatedTiles:
         means = gradient.float().contiguous().flatten(0, 1).numpy()
 
         def piece(first: int, last: int) -> None:
-            tile = _SparseTile(self) if self.is_sparse else _DenseTile(self)
+            tile = SparseTile(self) if self.is_sparse else DenseTile(self)
             total = of_entries[pieces.index((first, last))]
             for a, b in self._tiles(first, last):
                 rows = tile.gradients(a, b, means, total, patches_too=images_too)
@@ -142,7 +142,7 @@ class GatedTiles:
         return b - a
 
 
-class _DenseTile:
+class DenseTile:
     """The products of some positions with all entries, and the buffers they are made in."""
 
     def __init__(self, layer: GatedTiles) -> None:
@@ -162,7 +162,7 @@ class _DenseTile:
         """Fill bands [first, last) of out."""
         layer, n = self.layer, self._load(first, last)
         torch.mm(self.left[:n], layer.entries, out=self.products[:n])
-        pool_bands(_numbers(self.products), layer.words, *layer.sizes, first, last, out)
+        pool_bands(numbers(self.products), layer.words, *layer.sizes, first, last, out)
 
     def gradients(
         self, first: int, last: int, of_means: Array, total: Tensor, *, patches_too: bool
@@ -170,7 +170,7 @@ class _DenseTile:
         """Add the entries' gradient from bands [first, last); return the patches', if wanted."""
         layer, n = self.layer, self._load(first, last)
         spread = self.products[:n]
-        spread_bands(of_means, layer.words, *layer.sizes, first, last, _numbers(spread))
+        spread_bands(of_means, layer.words, *layer.sizes, first, last, numbers(spread))
         total += torch.mm(self.left[:n].T, spread, out=self.sums)
         if patches_too:
             torch.mm(spread, layer.entries.T, out=self.left[:n])
@@ -178,7 +178,7 @@ class _DenseTile:
         return self.patches[:n].numpy()
 
 
-class _SparseTile:
+class SparseTile:
     """The same with a product for each bit that is set."""
 
     def __init__(self, layer: GatedTiles) -> None:
@@ -206,6 +206,6 @@ class _SparseTile:
         return found
 
 
-def _numbers(tile: Tensor) -> Array:
+def numbers(tile: Tensor) -> Array:
     """Return a tile as the kernels take it: float32, or bits of bfloat16 as int16."""
     return (tile.view(torch.int16) if tile.dtype == torch.bfloat16 else tile).numpy()

@@ -160,5 +160,5 @@ def _pack(code: Tensor) -> Tensor:
     """Return bool (..., N) packed: uint8 (..., ceil(N / 8))."""
     size = code.shape[-1]
     values = torch.tensor(_BYTE_VALUES, dtype=torch.uint8, device=code.device)
-    whole = F.pad(code.to(torch.uint8), (0, -size % 8)).view(*code.shape[:-1], -1, 8)
+    whole = F.pad(code.to(torch.uint8), (0, -size % 8)).view(*code.shape[:-1], -(-size // 8), 8)
     return (whole * values).sum(dim=-1, dtype=torch.uint8)

@@ -184,6 +184,8 @@ def on_threads(
     threads: int | None = None,
 ) -> None:
     """Do all ranges, each on one thread, `threads` at a time: as many as torch has by default."""
+    if not ranges:
+        return
     before = torch.get_num_threads()
     threads = min(threads or before, len(ranges))
     if threads == 1 and before == 1:

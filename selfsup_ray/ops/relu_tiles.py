@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.gated_kernels import pool_bands
-from selfsup_ray.ops.gated_tiles import GatedTiles, _DenseTile, _numbers
+from selfsup_ray.ops.gated_tiles import DenseTile, GatedTiles, numbers
 from selfsup_ray.ops.patch_selection import LANES
 from selfsup_ray.ops.patch_tiles import on_threads
 
@@ -81,13 +81,13 @@ class ReluTiles(GatedTiles):
         return out
 
 
-class _ReluTile(_DenseTile):
+class _ReluTile(DenseTile):
     """Products whose signs are noted before they are summed."""
 
     def means(self, first: int, last: int, out: Array) -> None:
         """Fill bands [first, last) of out, and their bits."""
         layer, n = self.layer, self._load(first, last)
         torch.mm(self.left[:n], layer.entries, out=self.products[:n])
-        products = _numbers(self.products)
+        products = numbers(self.products)
         sign_words(products, n, layer.words, layer.position(first))
         pool_bands(products, layer.words, *layer.sizes, first, last, out)

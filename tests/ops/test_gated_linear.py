@@ -106,6 +106,14 @@ def test_threads_change_no_bit(precision, k: int):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_no_images_have_gradients_of_zero():
+    images, bits, weight, bias = case(2, 3, 9, 9, 64, 3, 5)
+    weight.requires_grad_()
+    out = gated_pool(images[:0], bits[:0], weight, bias, patch_size=3, pool=2)
+    out.sum().backward()
+    assert out.shape == (0, 64, 4, 4) and not weight.grad.any()
+
+
 def test_channels_come_last_in_memory():
     images, bits, weight, bias = case(2, 3, 9, 9, 64, 3, 5)
     out = gated_pool(images, bits, weight, bias, patch_size=3, pool=2)

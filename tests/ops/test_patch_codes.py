@@ -195,3 +195,10 @@ def test_the_plain_form_needs_no_numba(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setitem(sys.modules, name, None)
     [bits] = patch_bits(images, kernel, bias, patch_size=3, ks=[4])
     assert pooled_counts(bits, 12, pool=3, grid=None).shape == (4, 12, 3, 3)
+
+
+def test_no_images_have_no_codes(form: str):
+    _, kernel, bias = dictionary(12)
+    [bits] = patch_bits(torch.empty(0, 3, 11, 9), kernel, bias, patch_size=3, ks=[4])
+    assert bits.shape == (0, 9, 7, 2)
+    assert pooled_counts(bits, 12, pool=4, grid=None).shape == (0, 12, 3, 2)
