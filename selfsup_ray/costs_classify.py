@@ -20,7 +20,7 @@ from selfsup_ray.models.patch_layers import (
 from selfsup_ray.ops.pooling import pooled_cells
 from selfsup_ray.stages.classify_config import ClassifyConfig
 
-NETWORK_FLOPS = 100e9
+NETWORK_FLOPS = 130e9
 """Multiplications and additions a second that one CPU core reaches in bfloat16 on codes, gated
 linear layers and convolutions, all that happens between the products included."""
 GPU_NETWORK_FLOPS = 10e12
