@@ -7,6 +7,7 @@ running selection keeps each row's best, and those are settled in float64 at the
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all,
 _TILE_ROWS = (64, 128, 256, 512, 1024)  # few shapes: each costs oneDNN a kernel
 _TILE_COLUMNS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024)
 _BLOCK = 8192  # rows made narrow at once
+_MAPPED_BYTES = 2**28  # of rows that a process keeps mapped
+_SETTLED = 65_536  # rows settled before their pages are let go
 _PROBE_CELLS = 384  # nearest cells of a cell among which its rows choose their own
 
 
@@ -39,6 +42,12 @@ class Cells:
     ends: Array
     rows: Array
     order: Array
+
+    def release(self) -> None:
+        """Let go of the pages of the map: they stay in the page cache, not in this process."""
+        mapped = getattr(self.rows, "_mmap", None)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def cell_of(self, place: int) -> int:
         """Return the cell that a place belongs to."""
@@ -104,29 +113,70 @@ def join(
     """
     if start == stop:
         return Neighbors(np.empty((0, k), np.int64), np.empty((0, k), np.float32)), np.empty(0, int)
-    dim = cells.rows.shape[1]
     candidates = empty_candidates(stop - start, keep + 40)
-    narrow, tiles = torch.empty(stop - start, dim, dtype=torch.bfloat16), _Tiles(dim)
-    for i in range(start, stop, _BLOCK):
-        block = np.array(cells.rows[i : min(i + _BLOCK, stop)])
-        narrow[i - start : i - start + len(block)] = torch.from_numpy(block)
+    narrow = _narrow(cells.rows, start, stop)
     wanted = probe(cells, narrow, start, probes=probes)
     # A row's own list first: what is found there leaves little to keep of the others.
     for lists in (wanted[:, :1], wanted[:, 1:]):
-        for cell, asking in _by_cell(lists, len(cells.centers)):
-            first, last = int(cells.starts[cell]), int(cells.ends[cell])
-            for a in range(first, last, _TILE_COLUMNS[-1]):
-                b = min(a + _TILE_COLUMNS[-1], last)
-                tiles.load(cells.rows[a:b])
-                for i in range(0, len(asking), _TILE_ROWS[-1]):
-                    some = asking[i : i + _TILE_ROWS[-1]]
-                    scores = tiles.scores(narrow, some)
-                    keep_largest(scores, b - a, a, some, start, keep, *candidates)
-    keys, ids, used, _ = candidates
+        _compare(cells, narrow, start, lists, keep, candidates)
+    del narrow, wanted
+    found = _settled(cells, start, stop, k=k, keep=keep, candidates=candidates)
+    return found, np.flatnonzero(candidates[2] < k)
+
+
+def _narrow(rows: Array, start: int, stop: int) -> Tensor:
+    """Return rows [start, stop) in bfloat16."""
+    narrow = torch.empty(stop - start, rows.shape[1], dtype=torch.bfloat16)
+    for i in range(start, stop, _BLOCK):
+        block = np.array(rows[i : min(i + _BLOCK, stop)])
+        narrow[i - start : i - start + len(block)] = torch.from_numpy(block)
+    return narrow
+
+
+def _compare(
+    cells: Cells,
+    narrow: Tensor,
+    start: int,
+    lists: Array,
+    keep: int,
+    candidates: tuple[Array, Array, Array, Array],
+) -> None:
+    """Compare each row with the members of the cells it looks into: lists, (n, p)."""
+    tiles, loaded = _Tiles(narrow.shape[1]), 0
+    for cell, asking in _by_cell(lists, len(cells.centers)):
+        first, last = int(cells.starts[cell]), int(cells.ends[cell])
+        for a in range(first, last, _TILE_COLUMNS[-1]):
+            b = min(a + _TILE_COLUMNS[-1], last)
+            tiles.load(cells.rows[a:b])
+            for i in range(0, len(asking), _TILE_ROWS[-1]):
+                some = asking[i : i + _TILE_ROWS[-1]]
+                scores = tiles.scores(narrow, some)
+                keep_largest(scores, b - a, a, some, start, keep, *candidates)
+        loaded += (last - first) * cells.rows.itemsize * narrow.shape[1]
+        if loaded > _MAPPED_BYTES:
+            cells.release()
+            loaded = 0
+
+
+def _settled(
+    cells: Cells,
+    start: int,
+    stop: int,
+    *,
+    k: int,
+    keep: int,
+    candidates: tuple[Array, Array, Array, Array],
+) -> Neighbors:
+    """Return the k best candidates of each row in [start, stop) by exact product."""
     places, values = np.zeros((stop - start, k), np.int32), np.zeros((stop - start, k), np.float32)
-    queries = cells.rows[start:stop]
-    settle(queries, cells.rows, cells.order, keep, keys, ids, used, places, values)
-    return Neighbors(places, values), np.flatnonzero(used < k)
+    keys, ids, used, _ = candidates
+    for i in range(0, stop - start, _SETTLED):
+        some = slice(i, min(i + _SETTLED, stop - start))
+        queries = cells.rows[start + some.start : start + some.stop]
+        found = (keys[some], ids[some], used[some], places[some], values[some])
+        settle(queries, cells.rows, cells.order, keep, *found)
+        cells.release()
+    return Neighbors(places, values)
 
 
 def _by_cell(wanted: Array, num_cells: int) -> Iterator[tuple[int, Array]]:

@@ -38,7 +38,7 @@ from selfsup_ray.stages.rounds import one_round
 MAX_CELLS = 262_144
 RANGE_ROWS = 524_288
 """Rows joined at once, at most."""
-SMALL_BYTES = 8_000_000_000
+SMALL_BYTES = 2_000_000_000
 """Up to this size rows are read by id, in the page cache; larger corpora are sorted by part first,
 since single rows from a disk cost a page each."""
 
