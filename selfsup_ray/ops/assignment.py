@@ -100,9 +100,11 @@ class _Tiles:
         self.parts = [part.T for part in torch.split(columns, _COLUMNS)]
         self.shift = centroids.shift
         self.points = torch.ones(TILE, columns.shape[1], dtype=dtype)
-        self.scores = [torch.empty(TILE, part.shape[1], dtype=dtype) for part in self.parts]
+        scores = torch.empty(TILE * self.parts[0].shape[1], dtype=dtype)  # one, to stay in cache
+        sizes = [(TILE, part.shape[1]) for part in self.parts]
+        self.scores = [scores[: rows * width].view(rows, width) for rows, width in sizes]
         bits = torch.int16 if self.narrow else torch.int32
-        self.bits = [scores.view(bits).numpy() for scores in self.scores]
+        self.bits = [part.view(bits).numpy() for part in self.scores]
         self.best = np.empty(TILE, self.bits[0].dtype)
 
     def nearest(self, rows: Array, ids: Array) -> None:
