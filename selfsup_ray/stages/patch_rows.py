@@ -32,6 +32,8 @@ from selfsup_ray.stages.reduce import one_blas_thread
 
 ROWS = 65_536
 """Patches in one file of the sample."""
+DRAWS = 1 << 20
+"""Positions drawn at a time."""
 SPARE = 0.01
 """Share of positions drawn beyond what is asked for, as some patches are passed over."""
 
@@ -72,11 +74,18 @@ def _positions(maps: Maps, drawing: Drawing) -> int:
     return sum(maps.shard_rows) * per_image
 
 
+def remove_rounds(out: Path) -> None:
+    """Remove what `write_patches` leaves beside the sample; only once the stage has finished."""
+    for path in sorted(out.glob("round*")):
+        shutil.rmtree(path)
+
+
 def write_patches(maps: Maps, drawing: Drawing, out: Path) -> tuple[Moments | None, dict[str, int]]:
     """Write `out/patches`: the first patches of the random order that are not too faint.
 
     Returns the moments of all patches when asked for, and counts. The maps are read once, and
-    again only where so many patches are faint that more have to be drawn.
+    again only where so many patches are faint that more have to be drawn. What is left beside the
+    sample goes with `remove_rounds`.
     """
     rounds: list[_Round] = []
     drawn = kept = 0
@@ -87,8 +96,6 @@ def write_patches(maps: Maps, drawing: Drawing, out: Path) -> tuple[Moments | No
         kept += rounds[-1].num_kept
     _assemble(rounds, drawing, out)
     moments = rounds[0].moments(maps, drawing) if drawing.with_moments else None
-    for made in rounds:
-        shutil.rmtree(made.path)
     return moments, {"drawn": drawn, "faint": drawn - kept}
 
 
@@ -126,21 +133,25 @@ class _Round:
         _, height, width = maps.shape
         rows = np.asarray(maps.shard_rows, np.int64)
         offsets = np.concatenate([[0], np.cumsum(rows)])
-        at = drawn_positions(
-            self.start,
-            self.stop,
-            num_images=int(offsets[-1]),
-            height=height,
-            width=width,
-            patch_size=drawing.patch_size,
-            seed=drawing.seed,
-        )
-        owner = np.searchsorted(offsets, at.image, side="right") - 1
+        table = np.empty((self.stop - self.start, 4), np.int64)
+        owner = np.empty(len(table), np.int32)
+        for start in range(self.start, self.stop, DRAWS):
+            stop = min(start + DRAWS, self.stop)
+            at = drawn_positions(
+                start,
+                stop,
+                num_images=int(offsets[-1]),
+                height=height,
+                width=width,
+                patch_size=drawing.patch_size,
+                seed=drawing.seed,
+            )
+            here = slice(start - self.start, stop - self.start)
+            owner[here] = np.searchsorted(offsets, at.image, side="right") - 1
+            inside = at.image - offsets[owner[here]]
+            table[here] = np.stack([np.arange(start, stop), inside, at.row, at.column], axis=1)
         order = np.argsort(owner, kind="stable")
         counts = np.bincount(owner, minlength=len(rows))
-        table = np.stack(
-            [np.arange(self.start, self.stop), at.image - offsets[owner], at.row, at.column], axis=1
-        )
         made = self._array("at", counts.tolist(), (4,), "int64")
         for i, some in enumerate(np.split(order, np.cumsum(counts)[:-1])):
             if not made.is_written(i):

@@ -116,6 +116,7 @@ def fit_patches(
     inputs = {"corpus": corpus.fingerprint, "sample": sample.fingerprint}
     if begin(out, stage="patches", config=config, inputs=inputs):
         log.info("patches: %s is current", out)
+        shutil.rmtree(out / "kmeans", ignore_errors=True)
         return Encoder.open(out)
     made, clustering = make_dictionary(sample, config, out=out)
     made.save(out)

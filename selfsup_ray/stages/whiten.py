@@ -36,6 +36,7 @@ from selfsup_ray.ops.whitening import (
 from selfsup_ray.stages.patch_maps import CorpusMaps, Maps
 from selfsup_ray.stages.patch_rows import (
     Drawing,
+    remove_rounds,
     require_positions,
     sample_moments,
     write_noise,
@@ -195,6 +196,7 @@ def whiten_maps(
         require_positions(maps, drawing)
     if begin(out, stage="whiten", config=config, inputs=inputs):
         log.info("whiten: %s is current", out)
+        remove_rounds(out)
         return PatchSample.open(out)
     channels = maps.shape[0]
     dim = channels * config.patch_size**2
@@ -204,6 +206,7 @@ def whiten_maps(
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
     finish(out, stage="whiten", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    remove_rounds(out)
     text = "whiten: %s patches of %d numbers, %.1f s"
     log.info(text, f"{config.patches:,}", dim, seconds)
     return PatchSample.open(out)

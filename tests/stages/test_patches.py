@@ -11,16 +11,19 @@ from PIL import Image
 from selfsup_ray.cluster import kmeans as sharded
 from selfsup_ray.config import Resources, build, override
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
+from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images, write_shapes
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.models.patch_backbone import PatchBackbone
 from selfsup_ray.ops.whitening import code_kernel
+from selfsup_ray.planning import plan_experiment
 from selfsup_ray.stages.patch_dictionary import PatchDictionary
 from selfsup_ray.stages.patch_pictures import by_size, patch_tiles
 from selfsup_ray.stages.patches import PatchesConfig, fit_patches
 from selfsup_ray.stages.whiten import PatchSample, WhitenConfig, whiten
+from selfsup_ray.steps import run_stage
+from selfsup_ray.sweeping import _inputs_of_rankme, addresses, rankme
 from selfsup_ray.tracking import open_run
 
 HERE = Resources(workers=0)
@@ -221,3 +224,34 @@ def test_an_experiment_embeds_with_patches_in_place_of_pretext():
 def test_an_experiment_says_what_does_not_go_together(changes, message):
     with pytest.raises(ConfigError, match=message):
         override(build(Experiment, WHOLE), changes)
+
+
+def test_a_plan_refuses_more_patches_than_the_images_have(tmp_path):
+    write_shapes(tmp_path / "photos", 4, size=8)
+    changes = {"ingest.source": str(tmp_path / "photos"), "out": str(tmp_path / "run")}
+    experiment = override(build(Experiment, WHOLE), changes | {"graph": None})
+    small = {"ingest.image_size": 8, "whiten.patches": 64, "patches.patches_per_entry": 1}
+    plan_experiment(override(experiment, small))
+    small["whiten.patches"] = 65
+    with pytest.raises(ConfigError, match=r"whiten.patches=65, but 4 images of 8 x 8 pixels"):
+        plan_experiment(override(experiment, small))
+
+
+def test_a_trial_ranks_codes_without_labels(tmp_path, made):
+    experiment = build(
+        Experiment,
+        {
+            **{"out": str(tmp_path / "run"), "ingest": {"source": "photos", "image_size": 12}},
+            "whiten": {"patches": 400, "patch_size": 3, "resources": {"workers": 0}},
+            "patches": {"size": 8, "patches_per_entry": 40, "resources": {"workers": 0}},
+        },
+    )
+    at = addresses(experiment, tmp_path)["ingest"]
+    at.parent.mkdir(parents=True)
+    at.symlink_to(made[0].path.absolute())
+    for name in ("whiten", "patches"):
+        run_stage(name, experiment, lambda stage: addresses(experiment, tmp_path)[stage], None)
+    inputs = _inputs_of_rankme(experiment, addresses(experiment, tmp_path))
+    assert 1 <= rankme(*inputs) <= inputs[1].dim
+    with pytest.raises(ConfigError, match="metric=rankme is of an encoder"):
+        _inputs_of_rankme(override(experiment, {"patches": None}), {})
