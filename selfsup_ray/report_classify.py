@@ -45,7 +45,7 @@ def classify_section(run: Run) -> Section | str:
     if len(layers) == 1:
         body += _by_epoch(layers[0], found)
     body += "<h3>Accuracy by epoch</h3>" + figures(_curves(layers, found))
-    body += _by_k(run, stage, layers[-1]) + _by_depth(stage, layers)
+    body += _by_k(run, stage, layers[-1]) + _by_depth(run, stage, layers)
     return Section("classify", "Labelled networks", body)
 
 
@@ -88,7 +88,7 @@ def result_rows(run: Run) -> list[Row]:
     """Return a row for every layer and output of a run whose classify has finished."""
     stage = run.stage("classify")
     assert stage is not None, "classify has not finished"
-    found, rows = _published_run(run, stage), []
+    found, depths, rows = _published_run(run, stage), _published_depth(run, stage), []
     for one in read_json(stage.path / "metrics.json")["layers"]:
         for k, output in one["outputs"].items():
             rows.append(
@@ -100,7 +100,7 @@ def result_rows(run: Run) -> list[Row]:
                     int(output["max_epoch"]),
                     output["last_accuracy"],
                     output.get("chosen_accuracy"),
-                    *_published(stage, one, k, found),
+                    *_published(one, k, found, depths),
                 )
             )
     return rows
@@ -108,6 +108,12 @@ def result_rows(run: Run) -> list[Row]:
 
 def _published_run(run: Run, stage: StageFolder) -> tuple[str, Curve] | None:
     return published_curve(
+        stage.config, patches=_config(run, "patches"), whiten=_config(run, "whiten")
+    )
+
+
+def _published_depth(run: Run, stage: StageFolder) -> tuple[str, int] | None:
+    return published_depth(
         stage.config, patches=_config(run, "patches"), whiten=_config(run, "whiten")
     )
 
@@ -127,12 +133,12 @@ def _accuracies(rows: Sequence[Row]) -> str:
 
 
 def _published(
-    stage: StageFolder, layer: Layer, k: str, found: tuple[str, Curve] | None
+    layer: Layer, k: str, found: tuple[str, Curve] | None, depths: tuple[str, int] | None
 ) -> tuple[float | None, float | None]:
     """Return the published maximum and last accuracy of one output, where there is any."""
-    if depths := published_depth(stage.config):
+    if depths is not None:
         # A network of D layers that is trained end to end has one entry: that of its depth.
-        depth = int(layer["layer"]) if stage.config["model"]["name"] != "cnn" else depths[1]
+        depth = int(layer["layer"]) if depths[0] != "cnn" else depths[1]
         return DEPTH[depths[0]][depth - 1], None
     if found is None:
         return None, None
@@ -205,7 +211,7 @@ def _by_k(run: Run, stage: StageFolder, layer: Layer) -> str:
     )
 
 
-def _by_depth(stage: StageFolder, layers: list[Layer]) -> str:
+def _by_depth(run: Run, stage: StageFolder, layers: list[Layer]) -> str:
     """Return the accuracy by depth of a layer-wise network (Table 4)."""
     if len(layers) < 2:
         return ""
@@ -215,7 +221,7 @@ def _by_depth(stage: StageFolder, layers: list[Layer]) -> str:
         for one in layers
     }
     title = TITLES.get(name, name)
-    depths = published_depth(stage.config)
+    depths = _published_depth(run, stage)
     published: dict[str, Points] = {}
     if depths is not None:
         values = enumerate(DEPTH[depths[0]], start=1)

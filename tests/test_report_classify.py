@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from selfsup_ray.artifacts import begin, finish, write_json
-from selfsup_ray.config import build, to_dict
+from selfsup_ray.config import build, load, to_dict
 from selfsup_ray.data.published_patches import (
     BASELINES,
     BY_K,
@@ -16,6 +16,7 @@ from selfsup_ray.data.published_patches import (
     published_depth,
 )
 from selfsup_ray.errors import ArtifactError
+from selfsup_ray.experiment import Experiment
 from selfsup_ray.report import write_report
 from selfsup_ray.report_classify import classify_section
 from selfsup_ray.report_html import Section
@@ -91,17 +92,29 @@ def test_another_setting_has_no_published_run(changed: dict[str, Any]):
     )
 
 
-def test_depths_belong_to_networks_with_pool_2_and_a_thousand_entries():
+def depth(classify: dict[str, Any], *, patches: Any = None) -> tuple[str, int] | None:
+    parts = {"patches": plain("patches", **(patches or {})), "whiten": plain("whiten")}
+    return published_depth(plain("classify", **classify), **parts)
+
+
+def test_depths_belong_to_the_networks_of_table_4():
     first = model("phi_full", pool=2)
     deeper = {"deeper": [{"name": "code"}] * 3}
-    assert published_depth(plain("classify", **first, **deeper)) == ("phi_full", 4)
-    assert published_depth(plain("classify", **first)) == ("phi_full", 1)
-    assert published_depth(plain("classify")) is None
-    other = {"deeper": [{"name": "code", "size": 512}]}
-    assert published_depth(plain("classify", **first, **other)) is None
-    cnn = model("cnn", architecture="VGGc1024d3A", bottleneck=32)
-    assert published_depth(plain("classify", **cnn)) == ("cnn", 3)
-    assert published_depth(plain("classify", **model("cnn"))) is None
+    assert depth({**first, **deeper}) == ("phi_full", 4) and depth(first) == ("phi_full", 1)
+    layer_wise = {**model("vanilla", pool=2), "deeper": [{"name": "conv"}]}
+    assert depth(layer_wise) == ("vanilla", 2)
+    assert depth(model("cnn", architecture="VGGc1024d3A", bottleneck=32)) == ("cnn", 3)
+    for other in (
+        {},
+        model("cnn"),
+        model("phi_full", pool=2, k=16),
+        model("vanilla", pool=2, size=512),
+        {**first, "deeper": [{"name": "code", "size": 512}]},
+        {**first, "deeper": [{"name": "code", "residual": "cat"}]},
+        {**first, **deeper, "sum_logits": True},
+    ):
+        assert depth(other) is None, other
+    assert depth(first, patches={"size": 512}) is None
 
 
 def test_the_published_numbers_are_those_of_the_tables():
@@ -198,3 +211,29 @@ def test_a_folder_of_runs_without_networks_is_refused(tmp_path: Path):
     (tmp_path / "run" / "classify" / "done.json").unlink()
     with pytest.raises(ArtifactError, match="1 runs, but the stage classify has finished in none"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("table1-vanilla", "vanilla"),
+        ("table1-phi-full", "phi_full"),
+        ("table1-phi-hard", "phi_hard"),
+        ("table1-phi-full-random", "phi_full, random patches"),
+        ("table1-phi-hard-random", None),
+        ("figure8-k", "phi_full"),
+        ("thiry", None),
+        ("table4-phi-full", ("phi_full", 4)),
+        ("table4-phi-hard", ("phi_hard", 4)),
+        ("table4-cnn-layer-wise", ("vanilla", 4)),
+        ("table4-cnn-1", ("cnn", 1)),
+        ("table4-cnn-4", ("cnn", 4)),
+    ],
+)
+def test_every_experiment_of_the_study_finds_its_published_numbers(name: str, wanted: object):
+    folder = Path(__file__).parent.parent / "experiments" / "patches"
+    made = load(Experiment, folder / f"{name}.yaml")
+    parts = {s: to_dict(c) if (c := getattr(made, s)) else {} for s in ("patches", "whiten")}
+    curve, depths = (f(to_dict(made.classify), **parts) for f in (published_curve, published_depth))
+    assert (curve and curve[0]) == (None if isinstance(wanted, tuple) else wanted)
+    assert depths == (wanted if isinstance(wanted, tuple) else None)

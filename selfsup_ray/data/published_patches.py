@@ -113,21 +113,34 @@ def published_curve(
     return (name, BASELINES[name]) if name in BASELINES else None
 
 
-def published_depth(classify: Mapping[str, Any]) -> tuple[str, int] | None:
+def published_depth(
+    classify: Mapping[str, Any], *, patches: Mapping[str, Any], whiten: Mapping[str, Any]
+) -> tuple[str, int] | None:
     """Return the row of DEPTH and the depth of a network like the published ones, or None.
 
-    classify: the stage's config as plain values.
+    Arguments as in `published_curve`.
     """
     model, deeper = classify["model"], classify.get("deeper") or ()
     name = str(model["name"])
     if name == "cnn":
         found = re.fullmatch(r"VGGc1024d([1-4])A", model["architecture"])
         return (name, int(found[1])) if found and model["bottleneck"] == 32 else None
-    is_first_layer = name in DEPTH and model.get("pool") == 2 and model.get("bottleneck") == 32
-    sizes = {one.get("size") for one in deeper}
-    if not is_first_layer or len(deeper) > 3 or sizes - {1024}:
+    if name not in DEPTH or not _has_default_head({**model, "pool": 2 * (model.get("pool") or 0)}):
         return None
-    return name, 1 + len(deeper)
+    if name == "vanilla":
+        fits = model["size"] == 1024 and model["patch_size"] == 5
+    else:
+        fits = whiten.get("source") == "images" and _has_default_code(model, patches, whiten)
+    fits = fits and len(deeper) <= 3 and not classify.get("sum_logits")
+    return (name, 1 + len(deeper)) if fits and all(map(_is_default_layer, deeper)) else None
+
+
+def _is_default_layer(layer: Mapping[str, Any]) -> bool:
+    wanted: dict[str, Any] = {"size": 1024, "patch_size": 3, "pool": None, "batch_norm": False}
+    wanted |= {"bottleneck": 32, "bottleneck_relu": False, "residual": "none"}
+    if layer["name"] == "code":
+        wanted |= {"k": 128, "patches_per_entry": 256}
+    return all(layer.get(key) == value for key, value in wanted.items())
 
 
 def _has_default_head(model: Mapping[str, Any]) -> bool:
