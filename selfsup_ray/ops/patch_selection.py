@@ -229,15 +229,15 @@ def _choose(
     values: Any,
     out: Any,
 ) -> Any:
-    """Fill out[row] with the bits of the k smallest keys; with all that equal the k-th, or exactly.
+    """Fill out (W,) with the bits of a row's k smallest keys; all that equal the k-th, or exactly.
 
     Return the threshold.
     """
     low, count = _threshold(keys, row, k, near, step)
     more = k - count
     bound = low + 1 if more and not exactly else low
-    for w in range(out.shape[1]):
-        out[row, w] = at_most(keys, row * keys.shape[1] + w * LANES, bound)
+    for w in range(out.shape[0]):
+        out[w] = at_most(keys, row * keys.shape[1] + w * LANES, bound)
     if more == 0 or not exactly:
         return low
     used = _tied(keys, row, low + 1, tied)
@@ -248,25 +248,30 @@ def _choose(
         for i in range(1, used):
             if values[i] < values[best]:  # of equal ones the lower entry
                 best = i
-        out[row, tied[best] >> 6] |= np.uint64(1) << np.uint64(tied[best] & 63)
+        out[tied[best] >> 6] |= np.uint64(1) << np.uint64(tied[best] & 63)
         values[best] = np.inf
     return low
 
 
 @njit(nogil=True, cache=True)
 def choose_rows(
-    keys: Any, k: int, exactly: bool, step: float, patches: Any, kernel: Any, out: Any
+    keys: Any, ks: Any, exactly: bool, step: float, patches: Any, kernel: Any, first: int, out: Any
 ) -> None:
-    """Fill out (n, words) uint64 with bits at the k smallest of each row of keys (n, 64 words).
+    """Fill out[i, first : first + n] with bits at the ks[i] smallest of each row of keys.
 
-    Entries whose keys equal the k-th: exactly settles them by the product of patches (n, d) and
-    kernel (N, d) in float32, so that k bits are set; otherwise all of them are set. step: keys
-    between two entries near the threshold, a guess.
+    keys: (>= n, 64 W); patches: (n, d) and kernel (N, d) float32; out: (len(ks), …, W) uint64.
+    Entries whose keys equal the k-th: exactly settles them by the product of patch and kernel in
+    float32, so that k bits are set; otherwise all of them are set. step: keys between two entries
+    near the threshold, a guess.
     """
     tied, values = np.empty(keys.shape[1], np.int64), np.empty(keys.shape[1], np.float32)
-    near = 0
-    for row in range(keys.shape[0]):
-        near = _choose(keys, row, k, exactly, near, step, patches, kernel, tied, values, out)
+    near = np.zeros(len(ks), np.int64)
+    for row in range(patches.shape[0]):
+        for i in range(len(ks)):
+            words = out[i, first + row]
+            near[i] = _choose(
+                keys, row, ks[i], exactly, near[i], step, patches, kernel, tied, values, words
+            )
 
 
 @njit(nogil=True, cache=True)

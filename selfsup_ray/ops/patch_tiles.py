@@ -28,7 +28,7 @@ from selfsup_ray.ops.patch_selection import (
 Precision = Literal["bfloat16", "float32"]
 
 _TILE_BYTES = 1 << 20  # of scores: larger ones leave the cache, smaller ones are slow to multiply
-_TILE_ROWS = (128, 2048)
+_TILE_ROWS = (256, 2048)
 _HUGE = 3e38  # the distance of columns that are no entries; finite in bfloat16 too
 # Keys between two entries near the threshold, about: where the search for it looks next.
 _STEP = {torch.int16: 0.25, torch.int32: 0.25 * 2**16}
@@ -123,23 +123,27 @@ def tiled_bits(
     batch, height, width = images.shape[0], images.shape[2], images.shape[3]
     h, w = height - patch_size + 1, width - patch_size + 1
     pixels = with_spare(images)
-    out = [np.empty((batch * h * w, found.columns // 64), np.uint64) for _ in ks]
-    work = partial(_range_bits, found, pixels, patch_size, ks, kth, out)
+    # The k-th alone is what the k nearest have and the k - 1 nearest have not.
+    wanted = np.array([*ks, *(k - 1 for k in ks if kth)], np.int64)
+    codes = np.empty((len(wanted), batch * h * w, found.columns // LANES), np.uint64)
+    exactly = kth or precision == "bfloat16"
+    work = partial(_range_bits, found, pixels, patch_size, wanted, exactly, codes)
     cuts = np.linspace(0, batch * h * w, threads + 1).astype(int).tolist()
     on_threads(work, list(pairwise(cuts)), threads=threads)
+    if kth:
+        codes = codes[: len(ks)] & ~codes[len(ks) :]
     used = -(-len(kernel) // 8)
-    return [
-        torch.from_numpy(words.view(np.uint8)[:, :used].reshape(batch, h, w, used)) for words in out
-    ]
+    rows = codes.view(np.uint8)[:, :, :used].reshape(len(ks), batch, h, w, used)
+    return [torch.from_numpy(code) for code in rows]
 
 
 def _range_bits(
     found: Prepared,
     pixels: Array,
     size: int,
-    ks: Sequence[int],
-    kth: bool,
-    out: list[Array],
+    ks: Array,
+    exactly: bool,
+    out: Array,
     first: int,
     last: int,
 ) -> None:
@@ -151,8 +155,6 @@ def _range_bits(
     patches, turned = torch.zeros(rows, width), torch.empty(rows, width)
     left = torch.empty(rows, width, dtype=found.entries.dtype)
     scores = torch.empty(rows, found.columns, dtype=found.entries.dtype)
-    before = np.empty((rows, found.columns // 64), np.uint64) if kth else None
-    exactly = kth or kind == torch.int16
     for a in range(first, last, rows):
         n = min(rows, last - a)
         patch_rows(pixels, size, a, a + n, patches.numpy())
@@ -163,12 +165,7 @@ def _range_bits(
             torch.mm(left.copy_(turned), found.entries, out=scores)
         keys = scores[:n].view(kind).numpy()
         order_keys(keys)
-        for k, words in zip(ks, out, strict=True):
-            code = words[a : a + n]
-            choose_rows(keys, k, exactly, _STEP[kind], patches.numpy(), found.exact, code)
-            if before is not None and k > 1:
-                choose_rows(keys, k - 1, True, _STEP[kind], patches.numpy(), found.exact, before)
-                code &= ~before[:n]
+        choose_rows(keys, ks, exactly, _STEP[kind], patches[:n].numpy(), found.exact, a, out)
 
 
 def with_spare(images: Tensor) -> Array:
