@@ -199,7 +199,60 @@ FIGURE_8 = {
     "classify.schedule.milestones": [100, 150],
     "classify.views.padding": 4,
 }
+TABLE_1 = FIGURE_8 | {
+    "whiten.source": "images",
+    "patches.k": 256,
+    "classify.model.k": 256,
+    "classify.model.batch_norm": True,
+}
+VANILLA = {key: want for key, want in TABLE_1.items() if key.startswith("classify")}
+del VANILLA["classify.model.k"]
+TABLE_2 = TABLE_1 | {
+    "whiten.patches": 65_536,
+    "patches.size": 256,
+    "patches.k": 64,
+    "classify.model.k": 64,
+    "classify.batch_size": 32,
+}
+NO_LAYERS: dict[str, Any] = {"classify.model.pool": None, "classify.model.batch_norm": False}
+SIMPLE = {k: v for k, v in TABLE_2.items() if k.split(".")[-1] not in ("pool", "batch_norm")}
+del SIMPLE["classify.model.bottleneck"]
+CNN = {k: v for k, v in VANILLA.items() if "model" not in k}
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "patches/table1-phi-full": TABLE_1,
+    "patches/table1-phi-hard": TABLE_1 | {"classify.model.name": "phi_hard"},
+    "patches/table1-phi-full-random": TABLE_1 | {"whiten.source": "gaussian"},
+    "patches/table1-phi-hard-random": TABLE_1
+    | {"whiten.source": "gaussian", "classify.model.name": "phi_hard"},
+    "patches/table1-vanilla": VANILLA
+    | {"classify.model.name": "vanilla", "classify.model.size": 1024},
+    "patches/table2-simple": SIMPLE
+    | {"classify.model.name": "phi_simple", "classify.optim.lr": 1e-5},
+    "patches/table2-constrained": TABLE_2
+    | NO_LAYERS
+    | {"classify.optim.lr": 1e-3, "classify.model.bottleneck": None},
+    "patches/table3-original": TABLE_1 | NO_LAYERS | {"classify.model.bottleneck": None},
+    "patches/table3-avgpool": TABLE_1 | {"classify.model.bottleneck": None},
+    "patches/table3-bottleneck": TABLE_1 | NO_LAYERS,
+    "patches/table3-both": TABLE_1,
+    "patches/table4-phi-full": TABLE_1 | {"classify.model.pool": 2},
+    "patches/table4-phi-hard": TABLE_1
+    | {"classify.model.pool": 2, "classify.model.name": "phi_hard"},
+    "patches/table4-cnn-layer-wise": VANILLA
+    | {"classify.model.name": "vanilla", "classify.model.pool": 2},
+    **{
+        f"patches/table4-cnn-{depth}": CNN
+        | {
+            "classify.model.name": "cnn",
+            "classify.model.architecture": f"VGGc1024d{depth}A",
+            "classify.model.kernel_size": [5, 3, 3, 3][:depth],
+            "classify.model.padding": [0],
+            "classify.model.batch_norm": "first",
+            "classify.model.bottleneck": 32,
+            "classify.model.hidden": [],
+        }
+        for depth in (1, 2, 3, 4)
+    },
     "patches/figure5": FIGURE_5,
     "patches/figure8-k": FIGURE_8,
     "cifar10": SIMCLR | SMALL | CIFAR | {"pretext.backbone.stem": "cifar"},
@@ -218,6 +271,16 @@ def test_an_experiment_of_the_paper_has_the_papers_values(name: str):
     has = values(name)
     wrong = {key: (has.get(key), want) for key, want in PUBLISHED[name].items() if has[key] != want}
     assert not wrong, f"{name}: (has, published) {wrong}"
+
+
+@pytest.mark.parametrize("name", ["phi-full", "phi-hard", "cnn-layer-wise"])
+def test_the_deep_networks_of_table_4_have_the_published_layers(name: str):
+    made = load(Experiment, ROOT / f"experiments/patches/table4-{name}.yaml").classify
+    assert made is not None and len(made.deeper) == 3
+    for layer in made.deeper:
+        assert (layer.size, layer.patch_size, layer.bottleneck) == (1024, 3, 32)
+        assert layer.pool is None and not layer.batch_norm
+        assert getattr(layer, "k", 128) == 128
 
 
 def test_figures_5_and_8_have_every_published_point():
