@@ -63,7 +63,9 @@ def compiled(_actor: Any = None) -> None:
 class Ours:
     """`Search.write_lists` over a stored array: files in, files out."""
 
-    def __init__(self, folder: Path, rows: np.ndarray, *, k: int, workers: int) -> None:
+    def __init__(
+        self, folder: Path, rows: np.ndarray, *, k: int, workers: int, threads: int = 1
+    ) -> None:
         from selfsup_ray.artifacts import ShardedArray
         from selfsup_ray.cluster.neighbors import Search
         from selfsup_ray.config import Resources
@@ -78,7 +80,7 @@ class Ours:
         )
         for i, a in enumerate(cuts):
             self.array.write_shard(i, rows[a : a + 10_000])
-        self.search = Search(self.array, Resources(workers=workers))
+        self.search = Search(self.array, Resources(workers=workers, cpus=threads))
         if workers:
             import ray
 
@@ -135,6 +137,13 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="*",
+        default=[],
+        help="one process on so many, as that many actors",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     import faiss
@@ -152,6 +161,9 @@ def main() -> None:
         for workers in args.workers:
             name = f"{workers} actors" if workers else "one process"
             ways[name] = Ours(Path(folder, str(workers)), rows, k=args.k, workers=workers)
+        for n in args.threads:
+            own = Ours(Path(folder, f"threads{n}"), rows, k=args.k, workers=0, threads=n)
+            ways[f"one process, {n} threads"] = own
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         lists = {}
         for _ in range(args.rounds):
