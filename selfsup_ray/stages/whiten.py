@@ -106,7 +106,7 @@ class PatchSample:
         self.fingerprint = done.fingerprint
         self.facts: dict[str, Any] = done.facts
         self.config = build(WhitenConfig, read_config(self.path))
-        self.array = ShardedArray.open(self.path / "patches")
+        self.array = ShardedArray.open(self.path.absolute() / "patches")  # workers read it too
 
     @classmethod
     def open(cls, path: Path | str) -> PatchSample:
@@ -172,7 +172,8 @@ def whiten(
     ConfigError when there are fewer positions than patches asked for.
     """
     config = config or WhitenConfig()
-    maps = CorpusMaps(corpus, only=config.only, without=config.without)
+    here = Corpus.open(corpus.path.absolute())  # a worker may have another working directory
+    maps = CorpusMaps(here, only=config.only, without=config.without)
     inputs = {"corpus": corpus.fingerprint}
     return whiten_maps(maps, config, inputs=inputs, out=out, tracker=tracker)
 
@@ -190,7 +191,7 @@ def whiten_maps(
     inputs: fingerprint of what the maps come from, by name. Levels of uint8 maps are scaled by
     `pixel_scale`, floats are taken as they are; `only` and `without` are the maps' own business.
     """
-    out, began = Path(out), time.monotonic()
+    out, began = Path(out).absolute(), time.monotonic()
     drawing = _drawing(config)
     if config.source == "images":
         require_positions(maps, drawing)
