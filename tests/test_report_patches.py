@@ -15,6 +15,7 @@ from selfsup_ray.planning import plan_experiment
 from selfsup_ray.report_html import Section
 from selfsup_ray.report_patches import patches_section
 from selfsup_ray.report_run import Run
+from selfsup_ray.stages.patch_dictionary import PatchDictionary
 from selfsup_ray.stages.patches import PatchesConfig, fit_patches
 from selfsup_ray.stages.probe import Probe
 from selfsup_ray.stages.whiten import WhitenConfig, whiten
@@ -67,6 +68,13 @@ def test_clusters_stand_on_codes_like_on_any_encoder(finished: tuple[Experiment,
     assert kernel.shape == (32, 75)
     assert clusterer.assignments.shape == (200,)
     assert result.pseudo_labels is not None
+
+
+def test_the_dictionary_is_exported_with_the_encoder(finished: tuple[Experiment, Result]):
+    made, _ = finished
+    exported = PatchDictionary.open(made.folder("export"))
+    assert exported.raw.shape == exported.zca.shape == (32, 3, 5, 5)
+    assert exported.counts.sum() == 2048
 
 
 def test_running_again_finds_every_stage_current(finished: tuple[Experiment, Result]):

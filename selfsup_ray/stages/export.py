@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.progress import track
+from selfsup_ray.stages.diffuse import Diffusion
+from selfsup_ray.stages.patch_dictionary import FILE as DICTIONARY
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,17 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("cluster", pa.int32()),
         ("probability", pa.float32()),
+        ("margin", pa.float32()),
+    ]
+)
+
+LABELS = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("source", pa.string()),
+        ("label", pa.int32()),
+        ("class_name", pa.string()),
+        ("score", pa.float32()),
         ("margin", pa.float32()),
     ]
 )
@@ -49,7 +63,7 @@ class ExportConfig:
     """How results are written for others to read."""
 
     compression: Literal["zstd", "snappy", "none"] = "zstd"
-    """Of pseudo_labels.parquet."""
+    """Of the tables."""
     resources: Resources = Resources(workers=0)
     """The tables are written by this process; they are read once, shard by shard."""
 
@@ -77,6 +91,12 @@ class Exported:
         path = self.path / "pseudo_labels.parquet"
         return path if path.exists() else None
 
+    @property
+    def labels(self) -> Path | None:
+        """The Parquet file with the label that arrived at each image; None without a diffusion."""
+        path = self.path / "labels.parquet"
+        return path if path.exists() else None
+
 
 def export(
     corpus: Corpus,
@@ -85,58 +105,104 @@ def export(
     config: ExportConfig | None = None,
     *,
     out: Path | str,
+    diffusion: Diffusion | None = None,
     tracker: Tracker | None = None,
 ) -> Exported:
-    """Write weights, and with a clusterer the pseudo-labels, into one folder; return the handle.
+    """Write weights, and what is known of every image, into one folder; return the handle.
 
-    pseudo_labels.parquet has one row per image in the order of ids: id, source, cluster,
-    probability of that cluster, and margin, which is probability less that of the runner-up.
+    pseudo_labels.parquet, with a clusterer, has one row per image in the order of ids: id, source,
+    cluster, probability of that cluster, and margin, which is probability less that of the
+    runner-up. labels.parquet, with a diffusion: id, source, label (-1: none arrived), class name,
+    the label's score and its margin.
     """
     config, out, began = config or ExportConfig(), Path(out), time.monotonic()
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder.fingerprint}
     if clusterer is not None:
         inputs["clusterer"] = clusterer.fingerprint
+    if diffusion is not None:
+        inputs["diffusion"] = diffusion.fingerprint
     if begin(out, stage="export", config=config, inputs=inputs):
         log.info("export: %s is current", out)
         return Exported.open(out)
     use = USE_ENCODER
     _copy(encoder.path, out, "encoder")
+    if (encoder.path / DICTIONARY).exists():  # an encoder of patches has one too
+        _copy_file(encoder.path / DICTIONARY, out)
     if clusterer is not None:
         use += USE_CLUSTERER
         _copy(clusterer.path, out, "clusterer")
         _write_pseudo_labels(corpus, clusterer, out / "pseudo_labels.parquet", config)
+    if diffusion is not None:
+        _write_labels(corpus, diffusion, out / "labels.parquet", config)
     write_text(out / "use.py", use.format(folder=out.as_posix()))
     facts = {"images": len(corpus), "num_clusters": clusterer.num_clusters if clusterer else 0}
     seconds = time.monotonic() - began
     finish(out, stage="export", config=config, inputs=inputs, seconds=seconds, facts=facts)
     exported = Exported.open(out)
-    if tracker is not None and exported.pseudo_labels is not None:
-        tracker.artifact(exported.pseudo_labels)
+    for table in (exported.pseudo_labels, exported.labels):
+        if tracker is not None and table is not None:
+            tracker.artifact(table)
     return exported
 
 
 def _copy(source: Path, out: Path, name: str) -> None:
     for file in (f"{name}.safetensors", f"{name}.json"):
-        with whole_file(out / file) as temporary:
-            shutil.copyfile(source / file, temporary)
+        _copy_file(source / file, out)
+
+
+def _copy_file(source: Path, out: Path) -> None:
+    with whole_file(out / source.name) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _write_pseudo_labels(
     corpus: Corpus, clusterer: Clusterer, path: Path, config: ExportConfig
 ) -> None:
-    """Write the table shard by shard: one row group each, so memory does not grow with N."""
     assignments, probabilities = clusterer.assignments, clusterer.probabilities
+
+    def columns(i: int, ids: Array) -> list[Any]:
+        clusters = np.asarray(assignments.shard(i))
+        return [clusters, *sureness(np.asarray(probabilities.shard(i)), clusters)]
+
+    _write_table(corpus, path, SCHEMA, columns, config)
+
+
+def _write_labels(corpus: Corpus, diffusion: Diffusion, path: Path, config: ExportConfig) -> None:
+    known = corpus.class_names or [None] * (int(corpus.labels.max(initial=-1)) + 1)
+    names = np.array([*known, None], dtype=object)  # the last for -1
+
+    def columns(i: int, ids: Array) -> list[Any]:
+        labels, scores = diffusion.predictions.rows(ids), diffusion.scores.rows(ids)
+        # A labelled image keeps its label, which need not be the class of its largest score.
+        is_own = diffusion.classes.rows(ids) == labels[:, None]
+        score = np.where(is_own, scores, 0).max(axis=1)
+        margin = score - np.where(is_own, 0, scores).max(axis=1)
+        return [labels, names[labels], score, margin]
+
+    _write_table(corpus, path, LABELS, columns, config)
+
+
+def _write_table(
+    corpus: Corpus,
+    path: Path,
+    schema: pa.Schema,
+    columns: Callable[[int, Array], list[Any]],
+    config: ExportConfig,
+) -> None:
+    """Write a table shard by shard: one row group each, so memory does not grow with N.
+
+    columns: (shard, its ids) -> the columns after id and source.
+    """
     with (
         track("export", len(corpus), "images") as progress,
         whole_file(path) as temporary,
-        pq.ParquetWriter(temporary, SCHEMA, compression=config.compression) as writer,
+        pq.ParquetWriter(temporary, schema, compression=config.compression) as writer,
     ):
         for i, rows in enumerate(corpus.shard_rows):
             ids = np.arange(corpus.offsets[i], corpus.offsets[i] + rows)
-            clusters = np.asarray(assignments.shard(i))
-            probability, margin = sureness(np.asarray(probabilities.shard(i)), clusters)
-            columns = [ids, corpus.sources(ids), clusters, probability, margin]
-            writer.write_table(pa.table(columns, schema=SCHEMA))
+            writer.write_table(
+                pa.table([ids, corpus.sources(ids), *columns(i, ids)], schema=schema)
+            )
             progress.advance(rows)
 
 
