@@ -59,7 +59,7 @@ USES: dict[str, tuple[str, ...]] = {
     "graph": ("reduce",),
     "lowshot": ("reduce",),
     "evaluate": ("graph", "scan", "selflabel"),
-    "export": ("scan", "selflabel"),
+    "export": ("scan", "selflabel", "diffuse"),
 }
 """Stages whose result a stage reads too when the experiment has them."""
 

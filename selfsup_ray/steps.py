@@ -220,7 +220,10 @@ def _export(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     names = [name for name in CLUSTERINGS if name in e.stages]
     clusterer = Clusterer.open(at(names[-1])) if names else None
     corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
-    export(corpus, encoder, clusterer, e.export, out=at("export"), tracker=tracker)
+    spread = "diffuse" in e.stages and corpus.has_labels  # without labels diffuse is left out
+    diffusion = Diffusion.open(at("diffuse")) if spread else None
+    out = at("export")
+    export(corpus, encoder, clusterer, e.export, out=out, diffusion=diffusion, tracker=tracker)
 
 
 RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {

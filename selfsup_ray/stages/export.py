@@ -168,8 +168,7 @@ def _write_pseudo_labels(
 
 
 def _write_labels(corpus: Corpus, diffusion: Diffusion, path: Path, config: ExportConfig) -> None:
-    known = corpus.class_names or [None] * (int(corpus.labels.max(initial=-1)) + 1)
-    names = np.array([*known, None], dtype=object)  # the last for -1
+    names = corpus.class_names or []
 
     def columns(i: int, ids: Array) -> list[Any]:
         labels, scores = diffusion.predictions.rows(ids), diffusion.scores.rows(ids)
@@ -177,7 +176,8 @@ def _write_labels(corpus: Corpus, diffusion: Diffusion, path: Path, config: Expo
         is_own = diffusion.classes.rows(ids) == labels[:, None]
         score = np.where(is_own, scores, 0).max(axis=1)
         margin = score - np.where(is_own, 0, scores).max(axis=1)
-        return [labels, names[labels], score, margin]
+        named = [names[i] if 0 <= i < len(names) else None for i in labels]
+        return [labels, named, score, margin]
 
     _write_table(corpus, path, LABELS, columns, config)
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from selfsup_ray.artifacts import Array, ShardedArray
+from selfsup_ray.artifacts import Array, ShardedArray, begin, finish
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
 from selfsup_ray.models.backbones import ResNetConfig, build_backbone
 from selfsup_ray.models.clusterer import Clusterer, save_clusterer
 from selfsup_ray.models.encoder import Encoder, save_encoder
 from selfsup_ray.models.inputs import ImageInput
+from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion
 from selfsup_ray.stages.export import export, sureness
 
 TINY = ResNetConfig(name="resnet18", stem="stl", width=4)
@@ -109,3 +110,36 @@ def test_the_margin_of_a_tie_is_zero_and_of_a_single_cluster_the_probability():
     own, margin = sureness(np.ones((2, 1), np.float32), np.array([0, 0]))
     assert torch.equal(torch.from_numpy(margin), torch.ones(2))
     assert own.tolist() == [1.0, 1.0]
+
+
+def made_diffusion(folder: Path, corpus: Corpus, arrays: dict[str, Array]) -> Diffusion:
+    config, inputs = DiffuseConfig(), {"graph": "none"}
+    begin(folder, stage="diffuse", config=config, inputs=inputs)
+    for name, values in arrays.items():
+        shape = {"row_shape": values.shape[1:], "dtype": values.dtype.name}
+        array = ShardedArray.create(folder / name, shard_rows=corpus.shard_rows, **shape)
+        for i in range(array.num_shards):
+            array.write_shard(i, values[array.offsets[i] : array.offsets[i + 1]])
+    finish(folder, stage="diffuse", config=config, inputs=inputs, seconds=0)
+    return Diffusion.open(folder)
+
+
+def test_labels_that_a_diffusion_spread_have_a_row_per_image(tmp_path: Path):
+    corpus = tiny_corpus(tmp_path, 10)
+    classes = np.tile(np.array([[1, 0]], np.int32), (10, 1))
+    scores = np.tile(np.array([[0.75, 0.25]], np.float32), (10, 1))
+    labels = np.ones(10, np.int32)
+    labels[4] = 0  # it was given this label
+    labels[9], scores[9] = -1, 0  # nothing arrived
+    arrays = {"classes": classes, "scores": scores, "predictions": labels}
+    diffusion = made_diffusion(tmp_path / "diffuse", corpus, arrays)
+    encoder, out = tiny_encoder(tmp_path), tmp_path / "export"
+    exported = export(corpus, encoder, out=out, diffusion=diffusion)
+    assert exported.labels is not None and exported.pseudo_labels is None
+    table = pq.read_table(exported.labels).to_pydict()
+    assert list(table) == ["id", "source", "label", "class_name", "score", "margin"]
+    assert table["label"] == labels.tolist()
+    names = corpus.class_names
+    assert table["class_name"] == [names[i] if names and i >= 0 else None for i in labels]
+    assert table["score"] == [0.75] * 4 + [0.25] + [0.75] * 4 + [0.0]
+    assert table["margin"] == [0.5] * 4 + [-0.5] + [0.5] * 4 + [0.0]
