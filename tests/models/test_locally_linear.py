@@ -226,11 +226,10 @@ def test_the_simple_network_is_one_linear_layer_on_the_full_embedding():
     simple = SimpleNetwork(on, k=3, image_size=9, num_classes=4)
     images = torch.randn(3, 3, 9, 9, generator=torch.Generator().manual_seed(1))
     [bits] = simple.code(images)
-    embedded = (
-        full_embedding(images, bits, 8, patch_size=5).flatten(2).transpose(1, 2)
-    )  # (B, P, Nd)
+    embedded = full_embedding(images, bits, 8, patch_size=5).view(3, 8, 75, 25)  # (B, N, d, P)
     weight = simple.weight.detach().clone().requires_grad_()
-    want = torch.einsum("bpv,pvc->bc", embedded, weight) + simple.bias
+    by_entry = weight.view(25, 75, 8, 4)  # (P, d, N, C)
+    want = torch.einsum("bndp,pdnc->bc", embedded, by_entry) + simple.bias
     [got] = simple(images)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     got.square().sum().backward()
