@@ -14,13 +14,17 @@ import pytest
 
 from selfsup_ray.artifacts import read_done
 from selfsup_ray.config import build, override, to_dict
+from selfsup_ray.costs import cost
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.synthetic import corpus_of_arrays
+from selfsup_ray.data.synthetic import corpus_of_arrays, write_shapes
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.experiment import Experiment
 from selfsup_ray.ops.intrinsic_dimension import SETS, centroid_distance, point_set, unit_points
+from selfsup_ray.report import write_report
 from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
 from selfsup_ray.stages.dimension_config import DimensionConfig
 from selfsup_ray.stages.dimension_tasks import Work
+from selfsup_ray.steps import open_artifact, run_stage
 
 CONFIG = DimensionConfig(
     patch_size=3,
@@ -132,6 +136,7 @@ from pathlib import Path
 from selfsup_ray.config import build
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.stages import dimension_tasks
+from selfsup_ray.report import write_report
 from selfsup_ray.stages.dimension import patch_dimension
 from selfsup_ray.stages.dimension_config import DimensionConfig
 corpus, out, config, after = sys.argv[1:]
@@ -201,3 +206,23 @@ def test_the_numbers_between_can_be_had_and_bad_lists_are_refused():
         build(DimensionConfig, {"ks": [2, 2]})
     with pytest.raises(ConfigError, match="2 <= first <= last, not 1 and 20"):
         build(DimensionConfig, {"levina_bickel": {"first": 1}})
+
+
+def test_an_experiment_runs_it_reports_it_and_knows_its_cost(tmp_path: Path):
+    write_shapes(tmp_path / "photos", 20, size=16)
+    here = {"workers": 0}
+    values = {
+        "out": tmp_path / "run",
+        "ingest": {"source": str(tmp_path / "photos"), "image_size": 16, "resources": here},
+        "dimension": {**to_dict(CONFIG), "resources": here},
+    }
+    experiment = build(Experiment, values)
+    for stage in experiment.stages:
+        run_stage(stage, experiment, experiment.folder, None)
+    assert "Dimension of the patches" in write_report(experiment.out).read_text()
+    made = open_artifact(tmp_path / "run" / "dimension")
+    assert isinstance(made, PatchDimension) and made.distances("original")[0] == [2, 8]
+    few = cost(experiment, "dimension", 20, tmp_path)
+    every = override(experiment, {"dimension.between": True, "dimension.ks": [2, 200]})
+    more = cost(every, "dimension", 20, tmp_path)
+    assert few.seconds and more.seconds and more.seconds > 20 * few.seconds
