@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from selfsup_ray.artifacts import Array
+from selfsup_ray.ops.kmeans import kmeans, nearest_centroid
 
 PointSet = Literal["original", "whitened", "whitened_shuffled", "shuffled", "gaussian"]
 SETS: tuple[PointSet, ...] = get_args(PointSet)
@@ -88,8 +89,6 @@ def centroid_distance(
     default and the published numbers did; the rows must be in random order. Every point is then
     measured. Squared distances are those of float32 differences.
     """
-    from selfsup_ray.ops.kmeans import kmeans, nearest_centroid
-
     seen = len(points) if points_per_centroid is None else min(len(points), points_per_centroid * k)
     # Distances do not change with the origin, and around zero 16-bit products lose the least.
     center = points[:BLOCK].mean(axis=0, dtype=np.float64).astype(np.float32)
