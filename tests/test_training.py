@@ -320,3 +320,37 @@ def test_the_cosine_of_a_default_config_reaches_zero():
     assert state["history"][-1]["lr"] == pytest.approx(
         0.05 * (1 + np.cos(np.pi * (STEPS - 1) / STEPS))
     )
+
+
+class Measured(Regression):
+    """Measures the weights after the first and the third epoch."""
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        assert int(self.epochs_begun) == epoch + 1
+        return {} if epoch == 1 else {"bias": float(self.net[4].bias.detach().sum())}
+
+
+def measured(**options: object) -> State:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        objective = Measured()
+    return copy.deepcopy(fit(objective, Noise(), noisy_views, CONFIG, device="cpu", **options))
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 4, 9])
+def test_numbers_of_an_epoch_close_a_record_wherever_the_training_was_stopped(kill_at: int):
+    whole, plain, kept = measured(), trained(), list[State]()
+    assert [r["step"] for r in whole["history"]] == [2, 3, 4, 6, 8, 9]
+    assert [r["step"] for r in whole["history"] if "bias" in r] == [3, 9]
+    assert torch.equal(whole["objective"]["average"], plain["objective"]["average"])
+
+    def keep(state: State) -> None:
+        kept.append(copy.deepcopy(state))
+
+    config = dataclasses.replace(CONFIG, checkpoint_every=kill_at)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        objective = Measured()
+    fit(objective, Noise(), noisy_views, config, device="cpu", on_checkpoint=keep)
+    again = [r for r in measured(state=kept[0])["history"] if "bias" in r]
+    assert [r["bias"] for r in again] == [r["bias"] for r in whole["history"] if "bias" in r]

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RESULT = "result.json"
+"""In a layer's folder, written last: the layer has been trained."""
+
 
 class Classified:
     """Handle on a finished `classify`: accuracies, curves, and the trained network.
@@ -137,9 +140,10 @@ def classify(
         inputs["encoder"] = encoder.fingerprint
     if begin(out, stage="classify", config=config, inputs=inputs):
         log.info("classify: %s is current", out)
+        shutil.rmtree(out / "codes", ignore_errors=True)  # if a kill came just before it was
         return Classified.open(out)
     split.write(out)
-    if config.cache_codes:
+    if config.cache_codes and not _is_trained(plan, plan.depth):
         write_cache(corpus, plan)
     layers = [_layer(corpus, plan, layer, tracker) for layer in range(1, plan.depth + 1)]
     counts = {
@@ -205,14 +209,17 @@ def coding(plan: NetworkPlan) -> Coding:
     )
 
 
+def _is_trained(plan: NetworkPlan, layer: int) -> bool:
+    return (plan.folder(layer) / RESULT).exists()
+
+
 def _layer(
     corpus: Corpus, plan: NetworkPlan, layer: int, tracker: Tracker | None
 ) -> dict[str, Any]:
     """Train a layer, unless it has been, and return its numbers."""
     folder = plan.folder(layer)
-    done = folder / "result.json"
-    if done.exists():
-        return dict(read_json(done))
+    if _is_trained(plan, layer):
+        return dict(read_json(folder / RESULT))
     folder.mkdir(parents=True, exist_ok=True)
     if layer > 1 and plan.config.needs_dictionary:
         write_dictionary(corpus, plan, layer)
@@ -230,7 +237,7 @@ def _layer(
     own = network.top if isinstance(network, PatchNetwork) else network
     write_weights(folder / WEIGHTS, {"": own})
     result = layer_result(layer, objective, state["history"])
-    write_json(done, result)
+    write_json(folder / RESULT, result)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
 

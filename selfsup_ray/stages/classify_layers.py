@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +114,7 @@ def write_dictionary(corpus: Corpus, plan: NetworkPlan, layer: int) -> None:
     )
     made, _ = make_dictionary(sample, clustering, out=folder, stage="classify")
     _write(folder / DICTIONARY, *made.kernel)
+    shutil.rmtree(folder / "kmeans", ignore_errors=True)
 
 
 def _write(path: Path, kernel: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> None:
