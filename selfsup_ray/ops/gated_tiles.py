@@ -18,7 +18,7 @@ from selfsup_ray.ops.gated_sparse import add_gradients, pool_bits
 from selfsup_ray.ops.patch_selection import LANES, packed_words, patch_rows, row_width
 from selfsup_ray.ops.patch_tiles import on_threads, with_spare
 
-_TILE_ROWS = 448  # positions multiplied at once, about: the products stay in the cache
+_TILE_ROWS = 784  # positions multiplied at once, about: the products stay in the cache
 _SPARSE = {torch.bfloat16: 1 / 32, torch.float32: 1 / 8}  # up to this share of bits it is faster
 _PIECES = 16  # at most, each at least 4 images: sums in a fixed order, so threads round nothing
 
