@@ -56,7 +56,7 @@ def write_sweep_report(
 
 def _point(trial: Trial) -> Point:
     kept = [(key, value) for key, value in trial.changes.items() if not _is_seed(key)]
-    return tuple((key, repr(value) if isinstance(value, dict) else value) for key, value in kept)
+    return tuple((k, str(v) if isinstance(v, dict | list | tuple) else v) for k, v in kept)
 
 
 def _is_seed(key: str) -> bool:

@@ -83,3 +83,9 @@ def test_a_value_that_is_no_number_has_no_place_on_an_axis(tmp_path: Path, value
         trial(0.7, classify__model__bottleneck=value),
     ]
     assert "bottleneck 32" in written(tmp_path, trials)
+
+
+def test_a_list_of_layers_is_a_value_like_any_other(tmp_path: Path):
+    layers = ([{"name": "code"}], [{"name": "code", "residual": "add"}])
+    trials = [trial(0.8 - i / 10, classify__deeper=one) for i, one in enumerate(layers)]
+    assert "residual" in written(tmp_path, trials)
