@@ -78,6 +78,14 @@ def test_with_more_clusters_than_classes_the_shade_is_the_share_of_the_cluster(a
     np.testing.assert_allclose(alpha**2, [[0.75, 0, 1], [0.25, 1, 0]])
 
 
+def test_a_covariance_is_as_opaque_as_the_root_of_its_values_and_orange_below_zero(ax: Axes):
+    plots.plot_covariance(np.array([[4.0, -1.0], [-1.0, 0.0]]), ax, title="t")
+    cells = np.asarray(ax.images[0].get_array())
+    np.testing.assert_allclose(cells[..., 3], [[1, 0.5], [0.5, 0]])
+    assert to_hex(cells[0, 0, :3]) == "#2f6fb3"
+    assert to_hex(cells[0, 1, :3]) == "#d9822b"
+
+
 def test_a_map_draws_every_image_in_its_group_s_hue_and_names_groups_at_their_median(ax: Axes):
     xy = np.array([[0.0, 0], [2, 0], [4, 6], [9, 9]])
     groups = np.array([0, 0, 0, -1])

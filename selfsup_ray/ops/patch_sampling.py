@@ -8,6 +8,7 @@ P = (H - s + 1) (W - s + 1) of them in each of n images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array
+from selfsup_ray.ops.assignment import one_thread_each
 from selfsup_ray.ops.pca import Moments, merged_moments
 from selfsup_ray.ops.rng import permuted
 
@@ -90,20 +92,21 @@ def random_patches(count: int, dim: int, *, kind: str, seed: int, block: int = 0
     return generator.random((count, dim), dtype=np.float32) * 2 - 1
 
 
-def patch_moments(maps: Tensor, *, patch_size: int) -> Moments:
+def patch_moments(maps: Tensor, *, patch_size: int, threads: int = 1) -> Moments:
     """Return the moments of all patches of maps (B, C, H, W), in float64.
 
-    For images of bytes `patch_sums` is exact and faster; this is for feature maps.
+    For images of bytes `patch_sums` is exact and faster; this is for feature maps. Products are
+    cut, and merged in order, alike for any number of threads.
     """
     assert len(maps) > 0, "moments need at least one image"
     channels, height, width = maps.shape[1:]
     per_image = num_positions(height, width, patch_size=patch_size) * channels * patch_size**2
     step = max(1, _FLOATS // per_image)
-    parts = (_moments(maps[i : i + step], patch_size) for i in range(0, len(maps), step))
-    return merged_moments(parts)
+    with one_thread_each(threads) as pool:
+        return merged_moments(pool.map(partial(_moments, patch_size), torch.split(maps, step)))
 
 
-def _moments(maps: Tensor, patch_size: int) -> Moments:
+def _moments(patch_size: int, maps: Tensor) -> Moments:
     x = (
         F.unfold(maps.double(), patch_size)
         .transpose(1, 2)
@@ -141,28 +144,34 @@ class PatchSums:
 _CENTER = 128
 _EXACT = 1024
 """Products of two bytes less 128 are at most 2^14: so many add up exactly in float32 (2^24)."""
+_PIXELS = 1 << 25
+"""Numbers of one block of images: 134 MB in float32."""
 _TILE = 32
 """Columns multiplied with their neighborhood at a time."""
 
 
-def patch_sums(images: Tensor, *, patch_size: int) -> PatchSums:
+def patch_sums(images: Tensor, *, patch_size: int, threads: int = 1) -> PatchSums:
     """Return the sums over every patch of uint8 images (B, C, H, W), the same on any device.
 
     No patch is cut out. For each offset between two pixels that lie in one patch, the products of
     all such pixels are added over images, by matrix products that are exact in float32, and then
-    over the positions of the patch.
+    over the positions of the patch. `threads` blocks of images are worked on at once.
     """
     assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
     count, channels, height, width = images.shape
-    step = int(max(1, min(_EXACT, (1 << 25) // (channels * height * width))))
-    d = channels * patch_size**2
+    step = max(1, min(_EXACT, _PIXELS // (channels * height * width), -(-count // threads)))
     per_image = num_positions(height, width, patch_size=patch_size)
-    sums = PatchSums(0, np.zeros(d, np.int64), np.zeros((d, d), np.int64))
-    for start in range(0, count, step):
-        block = images[start : start + step]
+
+    def block_sums(block: Tensor) -> PatchSums:
         x = block.permute(2, 3, 1, 0).contiguous().float().sub_(_CENTER)  # (H, W, C, b)
-        sums += PatchSums(len(block) * per_image, *_block_sums(x, patch_size))
-    return sums
+        return PatchSums(len(block) * per_image, *_block_sums(x, patch_size))
+
+    d = channels * patch_size**2
+    sums = PatchSums(0, np.zeros(d, np.int64), np.zeros((d, d), np.int64))
+    if not count:
+        return sums
+    with one_thread_each(threads) as pool:
+        return sum(pool.map(block_sums, torch.split(images, step)), sums)
 
 
 def _block_sums(x: Tensor, s: int) -> tuple[Array, Array]:

@@ -266,10 +266,10 @@ def _cut(batch: Tensor, at: Positions, maps: Maps, drawing: Drawing) -> Array:
 
 
 def _added_up(batch: Tensor, maps: Maps, drawing: Drawing) -> PatchSums | Moments:
+    threads = max(1, int(drawing.resources.cpus))
     if maps.is_bytes:
-        return patch_sums(batch, patch_size=drawing.patch_size)
-    with one_blas_thread():
-        return patch_moments(batch, patch_size=drawing.patch_size)
+        return patch_sums(batch, patch_size=drawing.patch_size, threads=threads)
+    return patch_moments(batch, patch_size=drawing.patch_size, threads=threads)
 
 
 def _shard_sums(parts: list[PatchSums | Moments], found: Array) -> Array:

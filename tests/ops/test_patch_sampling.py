@@ -55,14 +55,22 @@ def test_sums_are_those_of_every_patch_exactly(shape, s):
     np.testing.assert_array_equal(sums.products, rows.T @ rows)
 
 
-def test_sums_do_not_depend_on_how_images_are_cut():
+def test_sums_do_not_depend_on_how_images_are_cut_nor_on_threads():
     images = images_of(9, 3, 8, 8)
+    before = torch.get_num_threads()
     whole = patch_sums(images, patch_size=3)
     parts = [patch_sums(part, patch_size=3) for part in torch.split(images, [4, 3, 2])]
-    added = parts[2] + parts[0] + parts[1]
-    assert added.count == whole.count
-    np.testing.assert_array_equal(added.products, whole.products)
-    np.testing.assert_array_equal(added.total, whole.total)
+    threaded = patch_sums(images, patch_size=3, threads=2)
+    for made in (parts[2] + parts[0] + parts[1], threaded):
+        assert made.count == whole.count
+        np.testing.assert_array_equal(made.products, whole.products)
+        np.testing.assert_array_equal(made.total, whole.total)
+    assert torch.get_num_threads() == before
+
+
+def test_no_images_have_no_sums():
+    sums = patch_sums(images_of(0, 3, 8, 8), patch_size=3)
+    assert (sums.count, sums.total.sum(), sums.products.shape) == (0, 0, (27, 27))
 
 
 def test_sums_stay_exact_for_the_largest_levels():
@@ -89,6 +97,14 @@ def test_moments_of_feature_maps_are_numpys():
     assert made.count == len(rows)
     np.testing.assert_allclose(made.mean, rows.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(made.scatter / made.count, np.cov(rows.T, bias=True), atol=1e-11)
+
+
+def test_moments_of_feature_maps_are_the_same_bits_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr("selfsup_ray.ops.patch_sampling._FLOATS", 3_000)  # blocks of 3 maps
+    maps = torch.randn(8, 4, 7, 6, generator=torch.Generator().manual_seed(1))
+    one, two = (patch_moments(maps, patch_size=3, threads=n) for n in (1, 2))
+    assert one.scatter.tobytes() == two.scatter.tobytes()
+    assert one.mean.tobytes() == two.mean.tobytes()
 
 
 def test_patches_are_cut_in_the_order_of_unfold():
