@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,28 +146,35 @@ def classify(
     if config.cache_codes and not _is_trained(plan, plan.depth):
         write_cache(corpus, plan)
     layers = [_layer(corpus, plan, layer, tracker) for layer in range(1, plan.depth + 1)]
-    counts = {
-        "num_classes": num_classes,
-        "image_size": corpus.image_size,
-        "num_train": len(split.train),
-        "num_validation": len(split.validation),
-        "num_test": len(split.test),
-    }
-    metrics = {**facts_of(layers), **counts, "layers": layers}
-    pictures = _pictures(plan)
+    metrics = {**facts_of(layers), **_counts(plan, split), "layers": layers}
     write_json(out / "metrics.json", metrics)
     facts = {k: v for k, v in flatten(metrics | {"layers": None}).items() if v is not None}
+    _track(tracker, facts, _pictures(plan))
     seconds = time.monotonic() - began
-    if tracker is not None:
-        tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
-        for picture in pictures:
-            tracker.artifact(picture)
     finish(out, stage="classify", config=config, inputs=inputs, seconds=seconds, facts=facts)
     shutil.rmtree(out / "codes", ignore_errors=True)
     made = Classified.open(out)
     text = "classify: test accuracy %.4f at its best epoch, %.4f after the last, %s images, %.1f s"
     log.info(text, made.max_accuracy, made.last_accuracy, f"{len(split.test):,}", seconds)
     return made
+
+
+def _counts(plan: NetworkPlan, split: Split) -> dict[str, int]:
+    return {
+        "num_classes": plan.num_classes,
+        "image_size": plan.image_size,
+        "num_train": len(split.train),
+        "num_validation": len(split.validation),
+        "num_test": len(split.test),
+    }
+
+
+def _track(tracker: Tracker | None, facts: Mapping[str, Any], pictures: Sequence[Path]) -> None:
+    if tracker is None:
+        return
+    tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
+    for picture in pictures:
+        tracker.artifact(picture)
 
 
 def _require_batch(split: Split, config: ClassifyConfig) -> None:

@@ -50,3 +50,12 @@ def test_the_number_of_threads_changes_nothing():
         found.append((made, torch.autograd.grad(made.square().sum(), weight)[0]))
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_without_numba_the_layers_are_torchs(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    images, weight = torch.randn(2, 3, 9, 9, generator=generator), torch.randn(10, 3, 3, 3)
+    fast = relu_pool(images, weight, torch.zeros(10), pool=2)
+    monkeypatch.setattr("selfsup_ray.ops.relu_pool.find_spec", lambda name: None)
+    plain = relu_pool(images, weight, torch.zeros(10), pool=2)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
