@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from selfsup_ray.artifacts import Array
@@ -21,6 +21,7 @@ LANES = 64
 """Numbers compared at once; a row has a multiple of them."""
 COPIED = 8
 """Numbers of a patch's row copied at once, wanted or not."""
+_DOT = 16  # numbers multiplied at once; rows are a multiple of it wide
 _WORD = ir.IntType(64)
 
 
@@ -99,6 +100,41 @@ def _copied(typing: Any, source: Any, i: Any, target: Any, j: Any) -> Any:
 
 
 _copy: Any = intrinsic(_copied)
+
+
+def _product(typing: Any, a: Any, i: Any, b: Any, j: Any, length: Any) -> Any:
+    """Return the float32 product of `length` numbers, a multiple of 16, from places i and j on."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), _DOT)
+        variable: Any = cgutils.alloca_once_value
+        total = variable(builder, ir.Constant(vector, None))
+
+        def loaded(which: int, at: Any) -> Any:
+            array = context.make_array(signature.args[which])(context, builder, args[which])
+            place = builder.gep(array.data, [builder.add(args[which + 1], at)])
+            return builder.load(builder.bitcast(place, vector.as_pointer()), align=4)
+
+        width = ir.Constant(args[4].type, _DOT)
+        with cgutils.for_range(builder, builder.udiv(args[4], width)) as loop:
+            at = builder.mul(loop.index, width)
+            product = builder.fmul(loaded(0, at), loaded(2, at), flags=["contract"])
+            builder.store(builder.fadd(builder.load(total), product, flags=["contract"]), total)
+        rest, lanes = builder.load(total), _DOT
+        while lanes > 1:  # the upper half onto the lower
+            lanes //= 2
+            places = ir.VectorType(ir.IntType(32), lanes)
+            halves = [
+                builder.shuffle_vector(rest, rest, ir.Constant(places, [*range(c, c + lanes)]))
+                for c in (0, lanes)
+            ]
+            rest = builder.fadd(*halves)
+        return builder.extract_element(rest, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(a, types.intp, b, types.intp, types.intp), code
+
+
+_dot: Any = intrinsic(_product)
 
 
 def _ones(typing: Any, word: Any) -> Any:
@@ -193,64 +229,20 @@ def _threshold(keys: Any, row: int, k: int, near: Any, step: float) -> Any:
     return low, below
 
 
-@njit(nogil=True, cache=True, fastmath=True)
-def _score(patches: Any, row: int, kernel: Any, entry: int) -> Any:
-    total = np.float32(0)
-    for t in range(kernel.shape[1]):
-        total += patches[row, t] * kernel[entry, t]
-    return total
-
-
 @njit(nogil=True, cache=True)
-def _tied(keys: Any, row: int, value: int, tied: Any) -> Any:
-    """Write the columns of a row whose key is `value`, ascending; return how many they are."""
+def _tied(keys: Any, row: int, value: int, size: int, tied: Any) -> Any:
+    """Write the entries of a row whose key is `value`, ascending; return how many they are."""
     used = 0
     for start in range(0, keys.shape[1], LANES):
         mask = equal_to(keys, row * keys.shape[1] + start, value)
         while mask:
             lowest = mask & (~mask + np.uint64(1))
-            tied[used] = start + np.int64(ones(lowest - np.uint64(1)))
-            used += 1
+            entry = start + np.int64(ones(lowest - np.uint64(1)))
             mask ^= lowest
+            if entry < size:  # columns past the entries tie where a patch is not finite
+                tied[used] = entry
+                used += 1
     return used
-
-
-@njit(nogil=True, cache=True)
-def _choose(
-    keys: Any,
-    row: int,
-    k: int,
-    exactly: bool,
-    near: Any,
-    step: float,
-    patches: Any,
-    kernel: Any,
-    tied: Any,
-    values: Any,
-    out: Any,
-) -> Any:
-    """Fill out (W,) with the bits of a row's k smallest keys; all that equal the k-th, or exactly.
-
-    Return the threshold.
-    """
-    low, count = _threshold(keys, row, k, near, step)
-    more = k - count
-    bound = low + 1 if more and not exactly else low
-    for w in range(out.shape[0]):
-        out[w] = at_most(keys, row * keys.shape[1] + w * LANES, bound)
-    if more == 0 or not exactly:
-        return low
-    used = _tied(keys, row, low + 1, tied)
-    for i in range(used):
-        values[i] = _score(patches, row, kernel, tied[i])
-    for _ in range(more):
-        best = 0
-        for i in range(1, used):
-            if values[i] < values[best]:  # of equal ones the lower entry
-                best = i
-        out[tied[best] >> 6] |= np.uint64(1) << np.uint64(tied[best] & 63)
-        values[best] = np.inf
-    return low
 
 
 @njit(nogil=True, cache=True)
@@ -261,17 +253,32 @@ def choose_rows(
 
     keys: (>= n, 64 W); patches: (n, d) and kernel (N, d) float32; out: (len(ks), …, W) uint64.
     Entries whose keys equal the k-th: exactly settles them by the product of patch and kernel in
-    float32, so that k bits are set; otherwise all of them are set. step: keys between two entries
-    near the threshold, a guess.
+    float32, then by the lower entry, so that k bits are set; otherwise all of them are set. step:
+    keys between two entries near the threshold, a guess.
     """
-    tied, values = np.empty(keys.shape[1], np.int64), np.empty(keys.shape[1], np.float32)
+    size, width = kernel.shape
+    tied, values = np.empty(size, np.int64), np.empty(size, np.float32)
     near = np.zeros(len(ks), np.int64)
     for row in range(patches.shape[0]):
         for i in range(len(ks)):
-            words = out[i, first + row]
-            near[i] = _choose(
-                keys, row, ks[i], exactly, near[i], step, patches, kernel, tied, values, words
-            )
+            low, count = _threshold(keys, row, ks[i], near[i], step)
+            near[i], more = low, ks[i] - count
+            bound = low + 1 if more and not exactly else low
+            for w in range(out.shape[2]):
+                out[i, first + row, w] = at_most(keys, row * keys.shape[1] + w * LANES, bound)
+            if more == 0 or not exactly:
+                continue
+            used = _tied(keys, row, low + 1, size, tied)
+            for t in range(used):
+                values[t] = _dot(patches, row * width, kernel, tied[t] * width, width)
+            for _ in range(min(more, used)):
+                best = 0
+                for t in range(1, used):
+                    if values[t] < values[best]:
+                        best = t
+                word, bit = divmod(tied[best], LANES)
+                out[i, first + row, word] |= np.uint64(1) << np.uint64(bit)
+                values[best] = np.inf
 
 
 @njit(nogil=True, cache=True)

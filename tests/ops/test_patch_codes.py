@@ -202,3 +202,13 @@ def test_no_images_have_no_codes(form: str):
     [bits] = patch_bits(torch.empty(0, 3, 11, 9), kernel, bias, patch_size=3, ks=[4])
     assert bits.shape == (0, 9, 7, 2)
     assert pooled_counts(bits, 12, pool=4, grid=None).shape == (0, 12, 3, 2)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_pixels_that_are_not_finite_stay_where_they_are(precision):
+    images, kernel, bias = dictionary(70)
+    [before] = patch_bits(images, kernel, bias, patch_size=3, ks=[20], precision=precision)
+    images[1, 0, 5, 5] = float("nan")
+    [after] = patch_bits(images, kernel, bias, patch_size=3, ks=[20], precision=precision)
+    assert torch.equal(after[0], before[0]) and torch.equal(after[2:], before[2:])
+    assert torch.equal(after[1, :3], before[1, :3])
