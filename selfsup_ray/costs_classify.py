@@ -11,13 +11,11 @@ from selfsup_ray.models.patch_cnn import PatchCNN
 from selfsup_ray.models.patch_layers import (
     CNNConfig,
     DeeperConfig,
-    LayerConfig,
     PhiFullConfig,
     PhiHardConfig,
     PhiSimpleConfig,
     VanillaConfig,
 )
-from selfsup_ray.ops.pooling import pooled_cells
 from selfsup_ray.stages.classify_config import ClassifyConfig
 
 NETWORK_FLOPS = 130e9
@@ -120,19 +118,13 @@ def _layer(
     heads = 1 + (len(model.also_k) if isinstance(model, PhiFullConfig | PhiHardConfig) else 0)
     gated = not isinstance(model, PhiHardConfig)
     values = side**2 * entries
-    side = _pooled(layer, side)
+    side = max(layer.side_after(side), 1)
     out = layer.bottleneck or entries
     after = 2.0 * side**2 * (entries * out + out * CLASSES)
     forward = heads * (after + (products if gated else products / 10))
     parameters = heads * ((entries * (d + 3) if gated else 0) + out * (entries + side**2 * CLASSES))
     code = 0.0 if isinstance(model, VanillaConfig) else products
     return _LayerWork(code, forward, values, parameters), out, side
-
-
-def _pooled(layer: LayerConfig, side: int) -> int:
-    side = side if layer.pool is None else len(pooled_cells(side, layer.pool))
-    side = layer.adaptive_pool or side
-    return max(side if layer.bottleneck is None else side - layer.bottleneck_kernel + 1, 1)
 
 
 def _cnn(model: CNNConfig, side: int) -> _LayerWork:

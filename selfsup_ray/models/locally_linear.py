@@ -35,7 +35,6 @@ from selfsup_ray.ops.patch_codes import (
     triangle_code,
     unpack_bits,
 )
-from selfsup_ray.ops.pooling import pooled_cells
 from selfsup_ray.ops.relu_pool import relu_pool
 
 Gate = Literal["full", "hard", "conv"]
@@ -129,7 +128,7 @@ class Layer(nn.Module):
         if config.bottleneck is not None:
             self.bottleneck = nn.Conv2d(features, config.bottleneck, config.bottleneck_kernel)
             features = config.bottleneck
-        self.out_side = _map_side(config, side - patch_size + 1)
+        self.out_side = config.side_after(side - patch_size + 1)
         if self.out_side < 1:
             raise ValueError(
                 f"a layer of {patch_size} x {patch_size} patches leaves nothing of a map of "
@@ -162,17 +161,26 @@ class Layer(nn.Module):
 
     def _pooled(self, images: Tensor, code: Tensor | None) -> Tensor:
         """Return the gated values after the average pooling, (B, features, h', w')."""
-        pool, kind = self.config.pool, images.device.type
+        pool, stride = self.config.pool, self.config.stride
+        side_by_side = pool if pool == stride else None  # what the fused layers can do
+        z, is_pooled = self._gated(images, code, side_by_side)
+        if pool is None or is_pooled:
+            return z
+        return F.avg_pool2d(z, pool, stride, ceil_mode=True)
+
+    def _gated(self, images: Tensor, code: Tensor | None, pool: int | None) -> tuple[Tensor, bool]:
+        """Return the gated values of all positions, or their means, and whether these."""
+        kind = images.device.type
         precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
         if self.gate == "conv":
             with torch.autocast(kind, enabled=False):
-                return relu_pool(images.float(), *self._map, pool=pool or 1, precision=precision)
+                z = relu_pool(images.float(), *self._map, pool=pool or 1, precision=precision)
+                return z, pool is not None
         assert code is not None, "a layer with a dictionary needs the code"
         if code.dtype == torch.uint8 and self.maps is None:
             with torch.autocast(kind, enabled=False):
-                return self._from_bits(images.float(), code, precision)
-        z = self._gated(images, code)
-        return z if pool is None else F.avg_pool2d(z, pool, pool, ceil_mode=True)
+                return self._from_bits(images.float(), code, pool, precision), pool is not None
+        return self._from_code(images, code), False
 
     @property
     def _map(self) -> tuple[Tensor, Tensor]:
@@ -180,8 +188,10 @@ class Layer(nn.Module):
         assert self.linear.bias is not None, "the linear map has a bias"
         return self.linear.weight, self.linear.bias
 
-    def _from_bits(self, images: Tensor, bits: Tensor, precision: Precision) -> Tensor:
-        pool, s = self.config.pool, self.patch_size
+    def _from_bits(
+        self, images: Tensor, bits: Tensor, pool: int | None, precision: Precision
+    ) -> Tensor:
+        s = self.patch_size
         if self.gate == "full":
             return gated_pool(
                 images, bits, *self._map, patch_size=s, pool=pool, precision=precision
@@ -190,7 +200,7 @@ class Layer(nn.Module):
             return unpack_bits(bits, self.size).permute(0, 3, 1, 2).float()
         return pooled_counts(bits, self.size, pool=pool, grid=None)
 
-    def _gated(self, images: Tensor, code: Tensor) -> Tensor:
+    def _from_code(self, images: Tensor, code: Tensor) -> Tensor:
         """Return m or m (V x + b) at every position; with c maps their sums over entries / k."""
         if code.dtype == torch.uint8:
             code = unpack_bits(code, self.size).permute(0, 3, 1, 2)
@@ -203,15 +213,6 @@ class Layer(nn.Module):
         by_entry = z.view(len(z), self.maps, self.size, *z.shape[2:]) * code[:, None]
         summed: Tensor = by_entry.sum(dim=2) / self.k
         return summed
-
-
-def _map_side(config: LayerConfig, side: int) -> int:
-    if side < 1:
-        return 0
-    if config.pool is not None:
-        side = len(pooled_cells(side, config.pool))
-    side = config.adaptive_pool or side
-    return side if config.bottleneck is None else side - config.bottleneck_kernel + 1
 
 
 def _center(images: Tensor, side: int) -> Tensor:

@@ -66,8 +66,10 @@ class LayerConfig:
     """What follows a layer's code, in this order; each part but the last can be left out."""
 
     pool: Positive | None = 4
-    """Side and stride of the average pooling; a window over the border is averaged over its
+    """Side of the windows of the average pooling; one over the border is averaged over its
     inside."""
+    pool_stride: Positive | None = None
+    """Positions between two windows; None: the side, so that windows lie side by side."""
     adaptive_pool: Positive | None = None
     """Side of the map after an adaptive average pooling; 6 in Thiry et al. 2021."""
     batch_norm: bool = True
@@ -87,6 +89,25 @@ class LayerConfig:
                 f"`bottleneck` is null, so bottleneck_relu={self.bottleneck_relu} and "
                 f"bottleneck_kernel={self.bottleneck_kernel} have nothing to act on"
             )
+        if self.pool is None and self.pool_stride is not None:
+            raise ValueError(f"`pool` is null, so pool_stride={self.pool_stride} moves nothing")
+
+    @property
+    def stride(self) -> int | None:
+        """Positions between two windows; None without pooling."""
+        return self.pool_stride or self.pool
+
+    def side_after(self, side: int) -> int:
+        """Return the side of the layer's map for `side` positions along an axis; 0 if none."""
+        if side < 1:
+            return 0
+        if self.pool is not None and self.stride is not None:
+            windows = -(-(side - self.pool) // self.stride) + 1
+            side = windows - ((windows - 1) * self.stride >= side)  # each begins inside
+            if side < 1:  # as AvgPool2d has it: the first window is far too large
+                return 0
+        side = self.adaptive_pool or side
+        return max(0, side if self.bottleneck is None else side - self.bottleneck_kernel + 1)
 
 
 @config

@@ -203,6 +203,27 @@ def test_several_maps_an_entry_are_summed_over_the_set_entries_and_divided_by_k(
     )
 
 
+@pytest.mark.parametrize("side", range(5, 16))
+@pytest.mark.parametrize(("pool", "stride"), [(5, 3), (2, 3), (4, 4), (3, 1), (6, 2)])
+def test_windows_that_overlap_are_averaged_as_torch_does(side: int, pool: int, stride: int):
+    bare: dict[str, Any] = {"k": 2, "batch_norm": False, "bottleneck": None}
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    for kind in (PhiFullConfig, PhiHardConfig):
+        plain = network(kind(pool=None, **bare), 8, side=side).top
+        config = kind(pool=pool, pool_stride=stride, **bare)
+        try:
+            want = F.avg_pool2d(plain.maps(images)[0], pool, stride, ceil_mode=True)
+        except RuntimeError:
+            with pytest.raises(ValueError, match="leaves nothing of a map"):
+                network(config, 8, side=side)
+            continue
+        made = network(config, 8, side=side).top
+        made.layers.load_state_dict(plain.layers.state_dict())
+        [got] = made.maps(images)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert got.shape[-1] == made.layers[0].out_side
+
+
 @pytest.mark.parametrize("residual", ["add", "cat"])
 def test_the_residual_is_the_middle_of_the_input(residual: str):
     config = PhiHardConfig(k=2, pool=None, batch_norm=False, bottleneck=3, residual=residual)
@@ -320,6 +341,7 @@ def test_codes_that_are_known_already_are_not_computed_again():
         ({"embedding": "learnable"}, "needs code=triangle"),
         ({"code": "triangle", "also_k": [2]}, "has no k"),
         ({"bottleneck": None, "bottleneck_relu": True}, "nothing to act on"),
+        ({"pool": None, "pool_stride": 2}, "moves nothing"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(values: dict[str, Any], message: str):
