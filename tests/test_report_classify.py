@@ -64,6 +64,7 @@ def test_the_defaults_are_the_published_run():
     [
         {"classify": model("phi_full", k=16)},
         {"classify": model("phi_full", pool=2)},
+        {"classify": model("phi_full", pool_stride=2)},
         {"classify": model("phi_full", batch_norm=False)},
         {"classify": model("phi_full", bottleneck=None)},
         {"classify": model("phi_full", code="kth")},

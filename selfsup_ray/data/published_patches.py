@@ -125,7 +125,10 @@ def published_depth(
     if name == "cnn":
         found = re.fullmatch(r"VGGc1024d([1-4])A", model["architecture"])
         return (name, int(found[1])) if found and model["bottleneck"] == 32 else None
-    if name not in DEPTH or not _has_default_head({**model, "pool": 2 * (model.get("pool") or 0)}):
+    halved = {"pool": 4, "pool_stride": None}  # of a head that has half of the default's
+    if model.get("pool") != 2 or model.get("pool_stride") not in (None, 2):
+        return None
+    if name not in DEPTH or not _has_default_head({**model, **halved}):
         return None
     if name == "vanilla":
         fits = model["size"] == 1024 and model["patch_size"] == 5
@@ -151,6 +154,8 @@ def _has_default_head(model: Mapping[str, Any]) -> bool:
         "bottleneck": 32,
     }
     wanted |= {"bottleneck_kernel": 1, "bottleneck_relu": False, "residual": "none"}
+    if model.get("pool_stride") not in (None, model.get("pool")):
+        return False
     return all(model.get(key) == value for key, value in wanted.items())
 
 
