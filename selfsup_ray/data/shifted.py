@@ -10,6 +10,10 @@ from torch import Tensor
 from selfsup_ray.config import NonNegative, Share, config
 from selfsup_ray.data.views import Mean, Std
 from selfsup_ray.ops.crop_flip import Windows, cut, draw_windows
+from selfsup_ray.ops.pixel_shuffle import Shuffle, shuffled_pixels
+
+EVALUATION_EPOCH = -1
+"""Stands for the epoch where random numbers of evaluation views are drawn."""
 
 
 @config
@@ -24,6 +28,9 @@ class ShiftedConfig:
     """Mean of red, green, blue in [0, 1], subtracted; the defaults scale to [-1, 1]."""
     std: Std = (0.5, 0.5, 0.5)
     """Standard deviation of red, green, blue, by which every view is divided."""
+    shuffle: Shuffle | None = None
+    """A comparison: every view's pixels in random places, `pixels` with their colors together,
+    `values` each number alone. A dictionary for it needs the same in `whiten`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,17 @@ class ShiftedViews:
         """Return [float32 views (B, 3, S, S), …] of [uint8 images (B, 3, S, S), …]."""
         windows = self.windows(ids, epoch)
         views = cut(images[0], windows, padding=self.config.padding)
-        return [normalized(views, self.config), *images[1:]]
+        return [self._finished(views, ids, epoch), *images[1:]]
+
+    def evaluation(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Return the float32 view (B, 3, S, S) of uint8 images that accuracy is measured on."""
+        return self._finished(images, ids, EVALUATION_EPOCH)
+
+    def _finished(self, views: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        how = self.config.shuffle
+        if how is not None:
+            views = shuffled_pixels(views, ids, seed=self.seed, epoch=epoch, shuffle=how)
+        return normalized(views, self.config)
 
 
 def normalized(images: Tensor, config: ShiftedConfig) -> Tensor:

@@ -63,6 +63,11 @@ class ClassifyConfig(TrainConfig):
         self._require_layers()
         if not self.cache_codes:
             return
+        if self.views.shuffle is not None:
+            raise ValueError(
+                f"cache_codes=true keeps codes of windows, but views.shuffle={self.views.shuffle} "
+                f"makes every view anew; leave one of them out"
+            )
         if not isinstance(self.model, CodeConfig | PhiSimpleConfig):
             raise ValueError(f"cache_codes=true, but model.name={self.model.name} has no code")
         if isinstance(self.model, CodeConfig) and self.model.also_k:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfsup_ray.artifacts import Array, whole_file
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.shifted import ShiftedViews, normalized
+from selfsup_ray.data.shifted import ShiftedViews
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.crop_flip import center_windows
 from selfsup_ray.ops.rng import permuted, uniforms
@@ -119,7 +119,7 @@ class MeasuredImages:
     def batch(self, positions: Array) -> list[Tensor]:
         """Return [images (B, 3, S, S) float32] at these positions, and their codes if known."""
         ids = self.ids[positions]
-        made = [normalized(self.corpus.images(ids), self.views.config)]
+        made = [self.views.evaluation(self.corpus.images(ids), torch.from_numpy(ids))]
         if self.codes is not None:
             windows = center_windows(len(ids), padding=self.views.config.padding)
             made.append(self.codes.windows(ids, windows).flatten(2))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfsup_ray.artifacts import whole_file
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.shifted import normalized
+from selfsup_ray.data.shifted import ShiftedViews
 from selfsup_ray.models.locally_linear import Block, Layer
 from selfsup_ray.models.patch_layers import DeeperCodeConfig
 from selfsup_ray.models.weights import content_hash
@@ -69,12 +69,13 @@ class LayerMaps:
         """Yield the maps of a shard's training images in order: (b, C, H, W) float32."""
         ids = self._ids(shard)
         for start in range(0, len(ids), MAPS_AT_ONCE):
-            yield self.maps(self.corpus.images(ids[start : start + MAPS_AT_ONCE]))
+            yield self.maps(ids[start : start + MAPS_AT_ONCE])
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> Tensor:
-        """Return the maps (B, C, H, W) float32 of uint8 images (B, 3, S, S)."""
-        x = normalized(images, self.plan.config.views)
+    def maps(self, ids: np.ndarray[Any, Any]) -> Tensor:
+        """Return the maps (B, C, H, W) float32 of these images."""
+        views = ShiftedViews(self.plan.config.views, self.plan.config.seed)
+        x = views.evaluation(self.corpus.images(ids), torch.from_numpy(ids))
         bfloat16 = self.plan.config.precision == "bfloat16"
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             for block in self.blocks:

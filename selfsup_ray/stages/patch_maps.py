@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.ops.pixel_shuffle import Shuffle, shuffled_pixels
 
 BATCH_BYTES = 1 << 25
 """Pixels of one batch of images that is read."""
@@ -44,15 +46,25 @@ class Maps(Protocol):
 class CorpusMaps:
     """The images of a corpus, all or those whose source matches `only` and does not `without`.
 
+    shuffle: their pixels in random places, by `seed`.
+
     Patterns: * stands for any text, slashes included, ? for one letter.
     """
 
     def __init__(
-        self, corpus: Corpus, *, only: str | None = None, without: str | None = None
+        self,
+        corpus: Corpus,
+        *,
+        only: str | None = None,
+        without: str | None = None,
+        shuffle: Shuffle | None = None,
+        seed: int = 0,
     ) -> None:
         self.corpus = corpus
         self.only = only
         self.without = without
+        self.shuffle: Shuffle | None = shuffle
+        self.seed = seed
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,4 +110,11 @@ class CorpusMaps:
         ids = self.ids(shard)
         step = max(1, BATCH_BYTES // (3 * self.corpus.image_size**2))
         for start in range(0, len(ids), step):
-            yield self.corpus.images(ids[start : start + step])
+            some = ids[start : start + step]
+            images = self.corpus.images(some)
+            if self.shuffle is not None:
+                how = {"seed": self.seed, "epoch": 0}
+                images = shuffled_pixels(
+                    images, torch.from_numpy(some), shuffle=self.shuffle, **how
+                )
+            yield images

@@ -25,6 +25,7 @@ from selfsup_ray.config import NonNegative, NonNegativeFloat, Positive, Resource
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.pca import Moments
+from selfsup_ray.ops.pixel_shuffle import Shuffle
 from selfsup_ray.ops.whitening import (
     Whitening,
     off_diagonal_share,
@@ -82,8 +83,11 @@ class WhitenConfig:
     slashes included."""
     without: str | None = None
     """Leave out the images whose source matches, such as the test images of `classify`."""
+    shuffle: Shuffle | None = None
+    """A comparison: draw from images whose pixels are in random places (`pixels`: with their colors
+    together, `values`: each number alone); see `classify.views.shuffle`."""
     seed: NonNegative = 0
-    """Chooses the patches."""
+    """Chooses the patches, and where a shuffle puts pixels."""
     resources: Resources = Resources()
     """`workers` take a shard of images at a time; 0 works in this process. CPUs only."""
 
@@ -173,7 +177,8 @@ def whiten(
     """
     config = config or WhitenConfig()
     here = Corpus.open(corpus.path.absolute())  # a worker may have another working directory
-    maps = CorpusMaps(here, only=config.only, without=config.without)
+    chosen = {"only": config.only, "without": config.without}
+    maps = CorpusMaps(here, **chosen, shuffle=config.shuffle, seed=config.seed)
     inputs = {"corpus": corpus.fingerprint}
     return whiten_maps(maps, config, inputs=inputs, out=out, tracker=tracker)
 

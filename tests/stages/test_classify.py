@@ -390,3 +390,14 @@ def test_ranks_count_every_test_image_once(on_ranks: Callable[..., list[Any]]):
 
     want = sum(i % 4 % 3 == i % 3 for i in range(11))
     assert on_ranks(count, size=2) == [want, want] and count() == want
+
+
+def test_shuffled_views_are_made_anew_but_measured_alike(made: Path, tmp_path: Path):
+    small = {"name": "cnn", "architecture": "VGGc16d1", "hidden": []}
+    views = {"padding": 0, "shuffle": "pixels"}
+    done = run(made, tmp_path / "c", model=small, views=views, epochs=1)
+    again = run(made, tmp_path / "d", model=small, views=views, epochs=1)
+    assert_same(done, again)
+    assert done.max_accuracy <= 1.0
+    with pytest.raises(ConfigError, match=r"views\.shuffle=pixels makes every view anew"):
+        run(made, tmp_path / "e", views=views, cache_codes=True)

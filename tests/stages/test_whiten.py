@@ -12,6 +12,7 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.ops.patch_sampling import drawn_positions
+from selfsup_ray.ops.pixel_shuffle import shuffled_pixels
 from selfsup_ray.ops.whitening import whitening_matrix
 from selfsup_ray.stages import patch_rows
 from selfsup_ray.stages import whiten as whiten_stage
@@ -217,3 +218,13 @@ def test_directions_without_variance_want_a_regularization(tmp_path):
         whitened(corpus, tmp_path / "zero", regularization=0)
     sample = whitened(corpus, tmp_path / "some")
     assert np.isfinite(sample.matrix).all()
+
+
+def test_images_with_shuffled_pixels_are_drawn_from_as_if_they_were_the_corpus(tmp_path):
+    corpus = made_corpus(tmp_path / "corpus")
+    sample = whitened(corpus, tmp_path / "whiten", shuffle="pixels", seed=4)
+    levels, ids = torch.from_numpy(PIXELS.transpose(0, 3, 1, 2).copy()), torch.arange(25)
+    mixed = shuffled_pixels(levels, ids, seed=4, epoch=0, shuffle="pixels")
+    pixels = mixed.numpy().transpose(0, 2, 3, 1)
+    plain = whitened(made_corpus(tmp_path / "mixed", pixels=pixels), tmp_path / "plain", seed=4)
+    assert contents(sample) == contents(plain)
