@@ -7,13 +7,18 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ResourceError
+
+log = logging.getLogger(__name__)
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anyone
@@ -25,6 +30,9 @@ SETTINGS = {
 
 OBJECT_STORE_BYTES = 4 * 2**30
 """Upper bound: we send paths and ids, and large arrays are files."""
+
+HEAD = "node:__internal_head__"
+"""A resource that Ray gives to the head node alone."""
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
@@ -113,41 +121,115 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
 def require_resources(resources: Resources, *, stage: str) -> None:
     """Raise ResourceError at once if Ray can never place a stage's workers, naming both amounts.
 
-    A worker must fit on one node; what an autoscaler may add counts as there.
+    A worker must fit on one node. What the cluster's autoscaler may still add counts as there: the
+    stage then waits for it.
     """
     import ray
 
-    if resources.workers == 0 or _growing(resources):
+    if resources.workers == 0:
         return
     every = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in every if node["Alive"]]
     room = sum(workers_that_fit(node, resources) for node in nodes)
     if room >= resources.workers:
         return
-    has = ", ".join(
-        f"{_number(n.get('CPU', 0))} CPUs, {_number(n.get('GPU', 0))} GPUs" for n in nodes
-    )
-    raise ResourceError(
+    asks = (
         f"{stage} asks for {resources.workers} workers with {_number(resources.cpus)} CPUs and "
-        f"{_number(resources.gpus)} GPUs each, but Ray has room for {room}: {len(nodes)} nodes "
-        f"with ({has}). Lower {stage}.resources, or join a larger cluster with --address."
+        f"{_number(resources.gpus)} GPUs each"
+    )
+    launched = launch_config(ray.get_runtime_context().gcs_address)
+    if launched is None:
+        has = ", ".join(map(_amounts, nodes))
+        raise ResourceError(
+            f"{asks}, but Ray has room for {room}: {len(nodes)} nodes with ({has}). "
+            f"Lower {stage}.resources, or join a larger cluster with --address."
+        )
+    head = [node for node in nodes if HEAD in node]
+    most = sum(workers_that_fit(node, resources) for node in head) + most_added(launched, resources)
+    if most < resources.workers:
+        raise ResourceError(
+            f"{asks}, but the cluster can only grow to room for {most}: {_growth(launched)}. "
+            f"Lower {stage}.resources, or change the node types in the cluster's file."
+        )
+    log.info(
+        "%s: room for %d of %d workers now; the cluster adds nodes for the others",
+        *(stage, room, resources.workers),
     )
 
 
-def workers_that_fit(node: dict[str, Any], resources: Resources) -> int:
+def workers_that_fit(node: Mapping[str, Any], resources: Resources) -> int:
     """Return how many of the stage's workers one node holds."""
     asked = {"CPU": resources.cpus, "GPU": resources.gpus}
     return min(int(node.get(kind, 0) // amount) for kind, amount in asked.items() if amount > 0)
 
 
-def _growing(resources: Resources) -> bool:
-    """Return whether the cluster's autoscaler may add enough nodes for the stage."""
-    from ray._private.state import state
+@lru_cache(maxsize=1)
+def launch_config(gcs_address: str) -> dict[str, Any] | None:
+    """Return the file that the cluster's autoscaler works from; None when nothing scales it.
 
-    most = state.get_max_resources_from_cluster_config() or {}
-    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
-    wanted = {kind: amount * resources.workers for kind, amount in asked.items() if amount > 0}
-    return all(most.get(kind, 0) >= amount for kind, amount in wanted.items())
+    Only the head has it, and Ray reports no node types, so a task reads it there.
+    """
+    import ray
+
+    read = ray.remote(num_cpus=0, resources={HEAD: 0.001})(read_launch_config)
+    found: dict[str, Any] | None = ray.get(read.remote(gcs_address.rpartition(":")[2]), timeout=120)
+    return found
+
+
+def read_launch_config(gcs_port: str) -> dict[str, Any] | None:
+    """Return the `--autoscaling-config` of this machine's autoscaler of the Ray at a port."""
+    import psutil  # type: ignore[import-untyped]  # comes with ray
+
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []  # None: another user's process
+        options = dict(
+            word.split("=", 1) for word in words if word.startswith("--") and "=" in word
+        )
+        file, address = options.get("--autoscaling-config"), options.get("--gcs-address", "")
+        if file and address.endswith(f":{gcs_port}"):
+            found: dict[str, Any] = yaml.safe_load(Path(file).expanduser().read_text())
+            return found
+    return None
+
+
+def most_added(launched: Mapping[str, Any], resources: Resources) -> int:
+    """Return how many of the stage's workers an autoscaler's nodes hold when it adds all it may.
+
+    launched: of Ray's cluster launcher; `max_workers` is a bound on each type and on their sum.
+    """
+    limit = int(launched["max_workers"])
+    kinds = [
+        (
+            workers_that_fit(kind["resources"], resources),
+            int(kind.get("min_workers", 0)),
+            int(kind.get("max_workers", limit)),
+        )
+        for kind in _worker_types(launched).values()
+    ]
+    left, room = limit - sum(fewest for _, fewest, _ in kinds), 0
+    for fit, fewest, most in sorted(kinds, reverse=True):
+        more = max(0, min(most - fewest, left))
+        room += fit * (fewest + more)
+        left -= more
+    return room
+
+
+def _worker_types(launched: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    kinds = launched["available_node_types"].items()
+    return {name: kind for name, kind in kinds if name != launched["head_node_type"]}
+
+
+def _growth(launched: Mapping[str, Any]) -> str:
+    limit = launched["max_workers"]
+    kinds = [
+        f"{kind.get('max_workers', limit)} {name} ({_amounts(kind['resources'])})"
+        for name, kind in _worker_types(launched).items()
+    ]
+    return f"at most {limit} nodes, of {', '.join(kinds)}"
+
+
+def _amounts(node: Mapping[str, Any]) -> str:
+    return f"{_number(node.get('CPU', 0))} CPUs, {_number(node.get('GPU', 0))} GPUs"
 
 
 def _number(value: float) -> str:

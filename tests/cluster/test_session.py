@@ -11,6 +11,7 @@ import pytest
 
 from selfsup_ray.cluster.session import (
     connect,
+    most_added,
     object_store_bytes,
     require_resources,
     session,
@@ -42,6 +43,32 @@ def test_what_fits_is_not_refused(ray_session):
 )
 def test_a_worker_must_fit_on_one_node(node, fit):
     assert workers_that_fit(node, Resources(workers=1, cpus=2, gpus=0.5)) == fit
+
+
+def launched(max_workers: int, **kinds: dict[str, object]) -> dict[str, object]:
+    head = {"head": {"resources": {"CPU": 64}}}
+    types = {name: {"resources": {"CPU": 4}, **kind} for name, kind in kinds.items()}
+    return {
+        "max_workers": max_workers,
+        "head_node_type": "head",
+        "available_node_types": {**head, **types},
+    }
+
+
+@pytest.mark.parametrize(
+    ("cluster", "fit"),
+    [
+        (launched(3, data={"max_workers": 2}), 4),  # two workers a node
+        (launched(3, data={"max_workers": 8}), 6),  # the bound on all nodes
+        (launched(3, data={"max_workers": 1}, graph={"max_workers": 9}), 6),
+        (launched(3, graph={}), 6),  # a type without its own bound
+        (launched(3, data={}, gpu={"resources": {"GPU": 4}, "min_workers": 2}), 2),
+        (launched(3, large={"resources": {"CPU": 9}, "max_workers": 1}, small={}), 8),
+        (launched(3, data={"resources": {"CPU": 1}}), 0),  # two nodes do not make one worker
+    ],
+)
+def test_an_autoscaler_adds_nodes_up_to_the_bounds_of_each_type_and_of_all(cluster, fit):
+    assert most_added(cluster, Resources(workers=1, cpus=2)) == fit
 
 
 def test_a_second_connection_is_the_first_one(ray_session):
