@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -19,13 +20,18 @@ import numpy as np
 import yaml
 
 from selfsup_ray.config import flatten, to_dict
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.credentials import require_no_credentials
+from selfsup_ray.errors import ArtifactError, UserError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Keys of a stage's config that may stop a run or speed it up but never change its result: a
 # folder may be continued with other values.
 WITHOUT_EFFECT = ("resources", "max_bad_share")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a disk, or of a user's share of it, that has no room left."""
+FULL_BELOW_BYTES = 1_000_000
+"""Room below which a failed write is put down to a full disk: not every library says why."""
 
 
 @contextmanager
@@ -34,6 +40,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The file is flushed to disk before the rename, so a file that exists is complete, even after
     a power cut. Two writers of the same file do not meet: the temporary name holds the process id.
+    Raises ArtifactError when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
@@ -42,8 +49,41 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if not _is_full(error, path.parent):
+            raise
+        raise ArtifactError(full_disk(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    if isinstance(error, UserError):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in FULL
+    return shutil.disk_usage(folder).free < FULL_BELOW_BYTES  # torch and numpy name no number
+
+
+def full_disk(path: Path | str) -> str:
+    """Return the sentence for a file that found no room."""
+    return (
+        f"{path} cannot be written: its disk is full. Free some space and give the same command "
+        f"again, which goes on with what is missing, or choose another `out`."
+    )
+
+
+def create_mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return a new .npy file as a writable memory map, with its room on the disk taken at once.
+
+    A sparse file would end the process by a signal when the disk fills up under a mapped page.
+    Raises OSError when there is no room.
+    """
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate") and out.nbytes:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return out
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,16 +169,20 @@ class ShardedArray:
     def shard(self, i: int) -> Array:
         """Return shard i as a read-only memory map.
 
-        Raises ArtifactError when it has not been written.
+        Raises ArtifactError when it has not been written, or cannot be read.
         """
+        path = self.shard_path(i)
         try:
-            return np.load(self.shard_path(i), mmap_mode="r")  # type: ignore[no-any-return]
+            if 0 in (self.shard_rows[i], *self.shape[1:]):  # nothing to map
+                return np.load(path)  # type: ignore[no-any-return]
+            return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
         except FileNotFoundError:
+            raise ArtifactError(f"{path} is missing. Run the stage that writes it again.") from None
+        except (OSError, ValueError, EOFError) as error:
             raise ArtifactError(
-                f"{self.shard_path(i)} is missing. Run the stage that writes it again."
+                f"{path} cannot be read as numbers ({' '.join(str(error).split())}). Delete it and "
+                f"the done.json of its stage; the same command then makes this shard again."
             ) from None
-        except ValueError:  # an empty shard cannot be memory-mapped
-            return np.load(self.shard_path(i))  # type: ignore[no-any-return]
 
     def rows(self, ids: Array) -> Array:
         """Return the rows of these global ids, in their order, as a new array."""
@@ -188,12 +232,13 @@ def begin(out: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> b
     Raises ArtifactError naming the first differing value when the folder was made otherwise.
     """
     wanted = {"stage": stage, "config": to_dict(config), "inputs": dict(inputs)}
+    require_no_credentials(wanted["config"], key=stage)
     path = out / "config.yaml"
     if not path.exists():
         write_text(path, yaml.safe_dump(wanted, sort_keys=False))
         write_json(out / "versions.json", versions())
         return False
-    require_same(out, wanted, yaml.safe_load(path.read_text()))
+    require_same(out, wanted, read_claim(path))
     return (out / "done.json").exists()
 
 
@@ -213,7 +258,7 @@ def progress(out: Path, *, stage: str, config: Any) -> Progress:
     path = out / "config.yaml"
     if not path.exists():
         return Progress("absent", {})
-    stored = yaml.safe_load(path.read_text())
+    stored = read_claim(path)
     wanted = {"stage": stage, "config": to_dict(config), "inputs": stored["inputs"]}
     require_same(out, wanted, stored)
     return Progress("finished" if (out / "done.json").exists() else "unfinished", stored["inputs"])
@@ -276,7 +321,26 @@ def read_config(out: Path) -> dict[str, Any]:
     path = Path(out) / "config.yaml"
     if not path.exists():
         raise ArtifactError(f"{out} is not the folder of a stage: it has no config.yaml.")
-    return dict(yaml.safe_load(path.read_text())["config"])
+    return dict(read_claim(path)["config"])
+
+
+def read_claim(path: Path) -> dict[str, Any]:
+    """Return the stage, config and inputs in a stage's config.yaml, read with the safe loader.
+
+    Raises ArtifactError when it holds anything but plain values.
+    """
+    try:
+        stored = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{path} cannot be read as plain YAML ({reason}). Delete the folder to rebuild it."
+        ) from None
+    if not isinstance(stored, dict) or not {"stage", "config", "inputs"} <= stored.keys():
+        raise ArtifactError(
+            f"{path} is not the config.yaml of a stage. Delete the folder to rebuild it."
+        )
+    return stored
 
 
 def require_disk(path: Path, *, size_bytes: int) -> None:

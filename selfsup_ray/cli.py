@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from selfsup_ray.artifacts import FULL, full_disk
 from selfsup_ray.config import parse_assignment
 from selfsup_ray.errors import ConfigError, UserError
 from selfsup_ray.stages import STAGES
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.call(options)
     except UserError as error:
         print(f"selfsup-ray: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"selfsup-ray: {full_disk(error.filename or 'A file')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("selfsup-ray: stopped; the same command continues from here.", file=sys.stderr)

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from selfsup_ray.credentials import require_no_credentials
 from selfsup_ray.errors import ConfigError
 
 
@@ -76,6 +77,7 @@ def build(cls: type[C], values: Mapping[str, Any], *, prefix: str = "") -> C:
 
     Raises ConfigError with the dotted key below `prefix`, the value, and what is allowed.
     """
+    require_no_credentials(values, key=prefix)
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:

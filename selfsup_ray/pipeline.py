@@ -13,11 +13,12 @@ import yaml
 
 from selfsup_ray.artifacts import read_json, write_text
 from selfsup_ray.config import load, to_dict
+from selfsup_ray.credentials import masked
 from selfsup_ray.experiment import Experiment, seeded
 from selfsup_ray.planning import plan_experiment, require_room
 from selfsup_ray.report import write_report
 from selfsup_ray.steps import run_stage
-from selfsup_ray.tracking import Store, Tracker, open_run
+from selfsup_ray.tracking import UNSENT, Store, Tracker, open_run
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,12 @@ def run_experiment(
     for step in made.steps:
         if step.state == "current":
             log.info("%s: %s is current", step.stage, experiment.folder(step.stage))
-    if made.to_run:
+    if made.to_run or _unsent(experiment):
         _run_stages(made.to_run, experiment, address)
     else:
         write_report(experiment.out)
     pseudo_labels = experiment.folder("export") / "pseudo_labels.parquet"
-    store = Store.beside(experiment.out, experiment.tracking).uri
+    store = masked(Store.beside(experiment.out, experiment.tracking).uri)
     scores = _scores(experiment.folder("evaluate") / "metrics.json")
     return Result(
         out=experiment.out,
@@ -117,6 +118,8 @@ def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | No
         open_run(out, tracking, name=out.name, params=experiment) as parent,
     ):
         write_text(out / "experiment.yaml", text)
+        for stage in set(_unsent(experiment)) - set(stages):
+            _open_stage(stage, experiment, parent).finish()  # opening it sent the numbers
         for i, stage in enumerate(stages, start=1):
             log.info("%s: stage %d of the %d to run", stage, i, len(stages))
             _run_tracked(stage, experiment, parent)
@@ -131,7 +134,8 @@ def _workers(stages: Sequence[str], experiment: Experiment, address: str | None)
     Raises ResourceError when Ray can never place the workers of a stage.
     """
     asked = {stage: getattr(experiment, stage).resources for stage in stages}
-    if address is None and all(resources.workers == 0 for resources in asked.values()):
+    here = all(resources.workers == 0 for resources in asked.values())
+    if not stages or (address is None and here):
         yield
         return
     from selfsup_ray.cluster.session import require_resources, session
@@ -143,7 +147,18 @@ def _workers(stages: Sequence[str], experiment: Experiment, address: str | None)
 
 
 def _run_tracked(stage: str, experiment: Experiment, parent: Tracker) -> None:
+    with _open_stage(stage, experiment, parent) as tracker:
+        run_stage(stage, experiment, experiment.folder, tracker)
+
+
+def _open_stage(stage: str, experiment: Experiment, parent: Tracker) -> Tracker:
     folder, name = experiment.folder(stage), f"{experiment.out.name}/{stage}"
     params, tracking = getattr(experiment, stage), experiment.tracking
-    with open_run(folder, tracking, name=name, params=params, parent=parent) as tracker:
-        run_stage(stage, experiment, experiment.folder, tracker)
+    return open_run(folder, tracking, name=name, params=params, parent=parent)
+
+
+def _unsent(experiment: Experiment) -> tuple[str, ...]:
+    """Return the finished stages whose numbers an MLflow that was away still lacks."""
+    folders = {stage: experiment.folder(stage) for stage in experiment.stages}
+    needed = (UNSENT, "done.json")
+    return tuple(s for s, at in folders.items() if all((at / name).exists() for name in needed))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from selfsup_ray.artifacts import read_json, write_json
 from selfsup_ray.config import config, flatten, to_dict
+from selfsup_ray.credentials import masked
 from selfsup_ray.interrupts import interrupts_held
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+UNSENT = "mlflow-unsent.json"
+"""File in a folder whose run MLflow does not have whole; names the artifacts that it lacks."""
 RETRY_AFTER_S = 300.0
 """Seconds until an unreachable MLflow is tried again."""
 MAX_METRICS, MAX_PARAMS, MAX_KEY, MAX_PARAM = 1000, 100, 250, 6000  # MLflow's limits of one call
@@ -183,9 +186,12 @@ class MLflowRun:
     ) -> None:
         self.ids, self.store, self.name = folder / "mlflow.json", store, name
         self.params, self.parent = dict(params), parent
-        self.artifacts: list[Path] = []
+        self.unsent = folder / UNSENT
+        left = read_json(self.unsent)["artifacts"] if self.unsent.exists() else []
+        self.artifacts = [path for path in map(Path, left) if path.exists()]
         self._there = set[tuple[str, int]]()
         self._opened: Opened | None = None
+        self._top = self if parent is None else parent._top  # knows whether the server answers
         self._retry_at = 0.0
         self._warned = self._behind = False
 
@@ -206,29 +212,34 @@ class MLflowRun:
         self._try(self._upload)
 
     def finish(self, status: Status, *, everything: Sequence[Value]) -> None:
-        """Send what is missing and close the run."""
-        self._retry_at = 0.0
+        """Send what is missing and close the run, or note in the run folder what is left."""
+        self._top._retry_at = 0.0
         if self._behind:
             self.sync(everything)
         self._try(lambda: self._close(status))
+        if self._behind:
+            write_json(self.unsent, {"artifacts": [str(path.resolve()) for path in self.artifacts]})
+        else:
+            self.unsent.unlink(missing_ok=True)
 
     def _try(self, action: Callable[[], object]) -> None:
-        if time.monotonic() < self._retry_at:
+        if time.monotonic() < self._top._retry_at:
+            self._behind = True
             return
         try:
             with interrupts_held():  # a transaction cut in two would leave the database locked
                 action()
             self._behind = bool(self.artifacts)
         except Exception as error:  # whatever a tracking server does, the training goes on
-            self._behind, self._retry_at = True, time.monotonic() + RETRY_AFTER_S
-            if not self._warned:
-                self._warned = True
+            self._behind, self._top._retry_at = True, time.monotonic() + RETRY_AFTER_S
+            if not self._top._warned:
+                self._top._warned = True
                 log.warning(
                     "MLflow at %s cannot be reached (%s). The run goes on; its numbers are in "
                     "%s and will be sent when MLflow is back or the run is started again.",
-                    self.store.uri,
-                    " ".join(str(error).split())[:200],
-                    self.ids.with_name("metrics.jsonl"),
+                    masked(self.store.uri),
+                    masked(" ".join(str(error).split()))[:200],
+                    self._top.ids.with_name("metrics.jsonl"),
                 )
 
     def _sync(self, everything: Sequence[Value]) -> None:
@@ -272,7 +283,7 @@ class MLflowRun:
 
     def _continued(self, client: MlflowClient, experiment: str) -> str | None:
         ids = read_json(self.ids) if self.ids.exists() else {}
-        if ids.get("uri") != self.store.given or "key" not in ids:
+        if ids.get("uri") != self._known_as or "key" not in ids:
             return None
         same = f"tags.`selfsup_ray.key` = '{ids['key']}'"  # found even if its id was never stored
         runs = client.search_runs([experiment], filter_string=same, max_results=1)
@@ -286,6 +297,11 @@ class MLflowRun:
         self._remember(ids["key"], experiment, run_id)
         return run_id
 
+    @property
+    def _known_as(self) -> str | None:
+        """The store as the run folder may name it: without a password."""
+        return None if self.store.given is None else masked(self.store.given)
+
     def _created(self, client: MlflowClient, experiment: str) -> str:
         key = uuid.uuid4().hex
         self._remember(key, experiment, None)  # before the run: a kill in between leaves its key
@@ -298,7 +314,7 @@ class MLflowRun:
         return run_id
 
     def _remember(self, key: str, experiment: str, run_id: str | None) -> None:
-        ids = {"uri": self.store.given, "experiment_id": experiment, "run_id": run_id, "key": key}
+        ids = {"uri": self._known_as, "experiment_id": experiment, "run_id": run_id, "key": key}
         write_json(self.ids, ids)
 
     def _log_params(self, client: MlflowClient, run_id: str, *, known: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from selfsup_ray.collectives import all_sum, rank, world_size
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.errors import ConfigError, TrainingError
 from selfsup_ray.memory import kept
+from selfsup_ray.models.weights import load_plain
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.optim import (
     CosineSchedule,
@@ -303,11 +304,13 @@ def save_state(path: Path, state: State) -> None:
 
 
 def load_state(path: Path) -> State | None:
-    """Return the state in a file, on the CPU; None when there is no file."""
+    """Return the state in a file, on the CPU; None when there is no file.
+
+    Raises ArtifactError when it holds anything but tensors and plain values.
+    """
     if not path.exists():
         return None
-    state: State = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+    return cast(State, load_plain(path, do="Delete it: the stage then starts from its beginning."))
 
 
 def restore(

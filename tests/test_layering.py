@@ -11,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "selfsup_ray"
 LEVELS = {
-    **dict.fromkeys(["ops", "errors", "config", "artifacts", "collectives"], 0),
+    **dict.fromkeys(["ops", "errors", "credentials", "config", "artifacts"], 0),
+    "collectives": 0,
     **dict.fromkeys(["tracking", "plots", "progress", "memory", "interrupts"], 0),
     **dict.fromkeys(["models", "data", "training", "optim"], 1),
     "cluster": 2,
@@ -27,6 +28,7 @@ LEVELS = {
             "planning",
             "pipeline",
             "sweep_config",
+            "sweep_trial",
             "sweeping",
             "report",
         ],
@@ -45,6 +47,7 @@ LEVELS = {
             "report_published",
             "report_results",
             "report_sweep",
+            "report_sweep_space",
         ],
         4,
     ),

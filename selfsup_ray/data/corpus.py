@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array, read_done, read_json
-from selfsup_ray.data.shard_files import Encoding, shard_path
+from selfsup_ray.data.shard_files import SCHEMA, Encoding, shard_path
 from selfsup_ray.errors import ArtifactError
 
 MAX_OPEN_SHARDS = 16_384  # Linux allows about 65,000 memory maps per process
@@ -171,9 +171,17 @@ class Corpus:
         path = shard_path(self.path, i)
         try:
             with pa.memory_map(str(path)) as file:  # the map outlives the closed file
-                batch = pa.ipc.open_file(file).get_batch(0)
+                shard = pa.ipc.open_file(file)
+                # Before any value is read: other column types may run code when they are.
+                if not shard.schema.equals(SCHEMA):
+                    raise pa.ArrowInvalid(f"its columns are not {', '.join(SCHEMA.names)}")
+                batch = shard.get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"{path} cannot be read ({error}). Run ingest again.") from None
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"{path} cannot be read ({reason}). Delete the folder {self.path} and run ingest "
+                f"again: it makes the same images with the same ids."
+            ) from None
         labels = batch.column("label").to_numpy()
         if self.encoding != "raw":
             return _Shard(batch, None, labels)

@@ -90,7 +90,28 @@ def _named_file(manifest: Path, name: str, label: Any, class_name: Any) -> Item:
 def holds_images(path: Path, columns: Columns) -> bool:
     """Return whether a Parquet file has a column of image bytes."""
     schema = pq.read_schema(path)
+    for name in {columns.image, columns.path, columns.label, _CLASS_NAME} & set(schema.names):
+        _require_plain(path, schema.field(name))
     return columns.image in schema.names and _is_image_type(schema.field(columns.image).type)
+
+
+def _require_plain(path: Path, field: pa.Field, column: str = "") -> None:
+    """Raise ArtifactError for a column of an extension type, at any depth.
+
+    Reading such a value calls code of whoever registered the type; Ray's unpickles it. Where nobody
+    did, pyarrow keeps the type's name in the metadata.
+    """
+    column = column or field.name
+    kind = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode("utf-8", "replace")
+    if isinstance(field.type, pa.BaseExtensionType):
+        kind = field.type.extension_name
+    if kind and not kind.startswith("arrow."):
+        raise ArtifactError(
+            f"{path}: column `{column}` is of the extension type {kind}, whose values may run code "
+            f"when they are read. Store plain text, numbers or bytes instead."
+        )
+    for i in range(field.type.num_fields):
+        _require_plain(path, field.type.field(i), column)
 
 
 def _is_image_type(kind: pa.DataType) -> bool:
@@ -157,6 +178,8 @@ def read_rows(
     wanted = deque(items)
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
+            if column in file.schema_arrow.names:
+                _require_plain(Path(path), file.schema_arrow.field(column))
             for row, value in _images_from(file, wanted[0].offset, wanted[-1].offset, column):
                 if wanted and row == wanted[0].offset:
                     yield wanted.popleft(), _image_bytes(value.as_py())

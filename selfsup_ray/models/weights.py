@@ -166,15 +166,21 @@ def _torchvision_names(keys: Iterable[str]) -> dict[str, str]:
 def _read_foreign(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_weights(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(
-            f"{path} cannot be loaded as plain tensors ({reason}). Give a checkpoint that holds "
-            f"tensors only, or convert it to .safetensors."
-        ) from None
+    wanted = "Give a checkpoint that holds tensors only, or convert it to .safetensors."
+    loaded = load_plain(path, do=wanted)
     return _tensors_in(loaded, path)
+
+
+def load_plain(path: Path, *, do: str) -> Any:
+    """Return what torch.save wrote, on the CPU; no code in the file can run.
+
+    Raises ArtifactError ending in `do` when it holds anything but tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ArtifactError(f"{path} cannot be loaded as plain tensors ({reason}). {do}") from None
 
 
 def _tensors_in(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import numpy as np
 from selfsup_ray.artifacts import (
     Array,
     ShardedArray,
+    create_mapped,
     read_json,
     require_disk,
     whole_file,
@@ -184,7 +185,7 @@ class CellJoin:
             np.save(file, borders)
         n, dim = self.array.shape
         for name, shape, kind in (("rows", (n, dim), np.float32), ("order", (n,), np.int64)):
-            np.lib.format.open_memmap(self.work / f"{name}.npy", "w+", kind, shape).flush()
+            create_mapped(self.work / f"{name}.npy", shape, kind).flush()
         write_json(self.work / "ranges.json", [int(cut) for cut in cuts])
 
     @cached_property

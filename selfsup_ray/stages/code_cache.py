@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfsup_ray.artifacts import Array, ShardedArray, require_disk, whole_file
+from selfsup_ray.artifacts import Array, ShardedArray, create_mapped, require_disk, whole_file
 from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import Resources
 from selfsup_ray.data.corpus import Corpus
@@ -146,7 +146,7 @@ def _write_shard(
     if 0 in shape:  # no bytes, nothing to map
         return array.write_shard(shard, np.empty(shape, np.uint8))
     with whole_file(array.shard_path(shard)) as temporary:
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        out = create_mapped(temporary, shape, np.uint8)
         for start in range(0, len(out), IMAGES_AT_ONCE):
             images = corpus.shard_images(shard, start, start + IMAGES_AT_ONCE)
             wide = padded(images, padding=padding)
