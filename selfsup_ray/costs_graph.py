@@ -13,9 +13,9 @@ SEARCH_FLOPS = 60e9
 GPU_SEARCH_FLOPS = 5e12
 JOIN_FLOPS = 250e9
 """The same of bfloat16 products in the cell join, on a core with AVX512-BF16 or AMX."""
-JOIN_ROW_S = 22e-6
+JOIN_ROW_S = 14e-6
 """Seconds of one core for a row in the cell join besides products, and again as much for every 256
-numbers of it: selection, gathers, sorting (54.6 s in all for 1 M x 256 on one core measured)."""
+numbers of it: selection, gathers, sorting (38.2 s in all for 1 M x 256 on one core measured)."""
 GROUPS = 13
 """Groups of about sqrt(cells) centers that a row is compared with to find its cell."""
 GROWTH = 1.35
