@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from selfsup_ray import cli
 from selfsup_ray.config import flatten, load, override, to_dict
