@@ -73,12 +73,13 @@ def full_disk(path: Path | str) -> str:
     )
 
 
-def create_mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> Array:
+def create_mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap[Any, np.dtype[Any]]:
     """Return a new .npy file as a writable memory map, with its room on the disk taken at once.
 
     A sparse file would end the process by a signal when the disk fills up under a mapped page.
     Raises OSError when there is no room.
     """
+    out: np.memmap[Any, np.dtype[Any]]
     out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate") and out.nbytes:
         with open(path, "r+b") as file:

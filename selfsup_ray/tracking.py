@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from selfsup_ray.artifacts import read_json, write_json
 from selfsup_ray.config import config, flatten, to_dict
-from selfsup_ray.credentials import masked
+from selfsup_ray.credentials import masked, require_no_credentials
 from selfsup_ray.interrupts import interrupts_held
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class Store(NamedTuple):
     @classmethod
     def beside(cls, folder: Path, tracking: TrackingConfig) -> Store:
         """Return the configured store, or the sqlite file next to the run folder."""
+        require_no_credentials(tracking.uri, key="tracking.uri")
         given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         if given:
             return cls(given, None, tracking.experiment, given)
@@ -191,7 +192,9 @@ class MLflowRun:
         self.artifacts = [path for path in map(Path, left) if path.exists()]
         self._there = set[tuple[str, int]]()
         self._opened: Opened | None = None
-        self._top = self if parent is None else parent._top  # knows whether the server answers
+        self._top: MLflowRun = (
+            self if parent is None else parent._top
+        )  # knows whether the server answers
         self._retry_at = 0.0
         self._warned = self._behind = False
 
