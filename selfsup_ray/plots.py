@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -164,6 +164,68 @@ def plot_values(names: Sequence[str], values: Array, ax: Axes, *, xlabel: str, t
     ax.set_xlim(low - 0.5 * room, high + 0.25 * room)
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, title=title)
+
+
+class Column(NamedTuple):
+    """One axis of parallel coordinates: (n,) heights in [0, 1], and the labels at some heights."""
+
+    name: str
+    heights: Array
+    ticks: Sequence[tuple[float, str]]
+
+
+def plot_parallel(columns: Sequence[Column], quality: Array, ax: Axes, *, title: str) -> None:
+    """Parallel coordinates: a line a trial over all axes; the best darkest and drawn last.
+
+    quality: (n,) in [0, 1], 1 is the best.
+    """
+    x = np.arange(len(columns))
+    heights = np.stack([column.heights for column in columns], axis=1)
+    for i in np.argsort(quality, kind="stable"):
+        best = i == int(np.argmax(quality))
+        color, width = (ACCENT, 2.2) if best else (INK, 0.8)
+        alpha = 1.0 if best else 0.1 + 0.6 * float(quality[i]) ** 2
+        ax.plot(x, heights[i], color=color, linewidth=width, alpha=alpha)
+    for at, column in enumerate(columns):
+        ax.axvline(at, color=MUTED, linewidth=0.8)
+        for height, label in column.ticks:
+            ax.text(at, height, f" {shortened(label, 16)}", fontsize=8, va="bottom")
+    ax.set_xticks(x, [shortened(column.name, 24) for column in columns])
+    ax.set_yticks([])
+    ax.set(xlim=(-0.1, len(columns) - 0.55), ylim=(-0.04, 1.1), title=title)
+    ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def plot_response(
+    x: Array,
+    y: Array,
+    best: Literal["min", "max"],
+    ax: Axes,
+    *,
+    names: Sequence[str] | None,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool,
+) -> None:
+    """A dot a trial; lines through the mean and the best at each x, where an x comes twice.
+
+    names: what x = 0, 1, ... stand for; None: x is a number.
+    """
+    ax.plot(x, y, "o", color=MUTED, markersize=3.5, alpha=0.6)
+    at, counts = np.unique(x, return_counts=True)
+    if counts.max() > 1:
+        choose = np.min if best == "min" else np.max
+        groups = [y[x == value] for value in at]
+        ax.plot(at, [np.mean(g) for g in groups], color=SERIES[1], linewidth=1.2, label="mean")
+        ax.plot(at, [choose(g) for g in groups], color=ACCENT, linewidth=1.2, label="best")
+        ax.legend()
+    if names is not None:
+        ax.set_xticks(np.arange(len(names)), [shortened(name, 12) for name in names])
+    elif log_x:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"{ylabel} by {xlabel}")
+    ax.grid(axis="y", color=MUTED, alpha=0.25, linewidth=0.5)
 
 
 def plot_cluster_sizes(sizes: Array, ax: Axes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from selfsup_ray.cluster.tune import Trial
 from selfsup_ray.data.published_patches import BY_K, BY_SIZE
 from selfsup_ray.report_html import Section, duration, figures, page, paragraph, plain, table
 from selfsup_ray.report_published import Points, beside
+from selfsup_ray.report_sweep_space import is_seed, short, space_figures, text
 
 Published = Literal["patches_k", "patches_size"]
 PUBLISHED: dict[Published, tuple[str, Points]] = {
@@ -26,12 +28,31 @@ PUBLISHED: dict[Published, tuple[str, Points]] = {
 MOST_BARS = 30
 """Points drawn as bars, the best ones; the table has all."""
 
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage of a sweep cost: different results, starts, and seconds of all results."""
+
+    stage: str
+    results: int
+    starts: int
+    seconds: float
+    alone: float
+    """Seconds if every trial had run the stage for itself."""
+
+
 Point = tuple[tuple[str, Any], ...]
 """The keys and values of a trial, its seeds left out."""
 
 
 def write_sweep_report(
-    out: Path, trials: Sequence[Trial], *, metric: str, published: Published | None
+    out: Path,
+    trials: Sequence[Trial],
+    *,
+    metric: str,
+    mode: Literal["min", "max"] = "max",
+    published: Published | None = None,
+    costs: Sequence[StageCost] = (),
 ) -> Path:
     """Write `report.html` into a sweep's folder and return its path.
 
@@ -40,27 +61,28 @@ def write_sweep_report(
     """
     values: dict[Point, list[float]] = {}
     for trial in trials:
-        if trial.error is None:
+        if trial.is_complete:
             values.setdefault(_point(trial), []).append(trial.metrics[metric])
     body = _drawn(values, metric, published) + _points(values, metric)
     sections = [
         Section("result", metric, body),
+        Section("space", "Keys", space_figures(trials, metric, mode)),
         Section("trials", "Trials", _trials(trials, metric)),
+        Section("cost", "Cost", _costs(costs)),
     ]
+    sections = [section for section in sections if section.body]
     path = out / "report.html"
     failed = sum(trial.error is not None for trial in trials)
-    lead = f"{len(trials)} trials, {failed} failed; {metric}, best first."
+    stopped = sum(trial.stopped is not None for trial in trials)
+    early = f"{stopped} ended early, " if stopped else ""
+    lead = f"{len(trials)} trials, {early}{failed} failed; {metric}, best first."
     write_text(path, page(out.resolve().name, lead=lead, sections=sections))
     return path
 
 
 def _point(trial: Trial) -> Point:
-    kept = [(key, value) for key, value in trial.changes.items() if not _is_seed(key)]
+    kept = [(key, value) for key, value in trial.changes.items() if not is_seed(key)]
     return tuple((k, str(v) if isinstance(v, dict | list | tuple) else v) for k, v in kept)
-
-
-def _is_seed(key: str) -> bool:
-    return key.split(".")[-1] == "seed"
 
 
 def _drawn(
@@ -72,7 +94,7 @@ def _drawn(
         return _bars(values, metric)
     measured: dict[str, dict[float, float]] = {}
     for point, found in values.items():
-        others = [f"{_short(name)} {_text(value)}" for name, value in point if name != key]
+        others = [f"{short(name)} {text(value)}" for name, value in point if name != key]
         series = measured.setdefault(", ".join(others) or "here", {})
         series[float(dict(point)[key])] = statistics.fmean(found)
     known: dict[str, Points] = {}
@@ -96,7 +118,7 @@ def _bars(values: Mapping[Point, Sequence[float]], metric: str) -> str:
     shown = list(values)[:MOST_BARS]
     if not shown:
         return ""
-    names = [", ".join(f"{_short(k)} {_text(v)}" for k, v in point) or "all" for point in shown]
+    names = [", ".join(f"{short(k)} {text(v)}" for k, v in point) or "all" for point in shown]
     means = np.array([statistics.fmean(values[point]) for point in shown])
     draw = partial(plots.plot_values, names, means, xlabel=metric, title=f"{metric}, best first")
     height = 1.2 + 0.28 * len(shown)
@@ -110,7 +132,7 @@ def _points(values: Mapping[Point, Sequence[float]], metric: str) -> str:
     keys = [key for key, _ in next(iter(values))]
     rows = [
         (
-            *(_text(value) for _, value in point),
+            *(text(value) for _, value in point),
             f"{statistics.fmean(found):.4f}",
             f"{statistics.pstdev(found):.4f}",
             f"{max(found):.4f}",
@@ -128,8 +150,8 @@ def _trials(trials: Sequence[Trial], metric: str) -> str:
     rows = [
         (
             trial.id,
-            *(_text(trial.changes.get(key)) for key in keys),
-            trial.error or plain(trial.metrics[metric]),
+            *(text(trial.changes.get(key)) for key in keys),
+            _result(trial, metric),
             duration(trial.seconds),
         )
         for trial in trials
@@ -138,9 +160,26 @@ def _trials(trials: Sequence[Trial], metric: str) -> str:
     return table(head, rows, numeric=range(1, len(head)))
 
 
-def _short(key: str) -> str:
-    return key.split(".")[-1].replace("_", " ")
+def _result(trial: Trial, metric: str) -> str:
+    if trial.stopped is not None:
+        return f"stopped at epoch {trial.stopped:.3g}"
+    return trial.error or plain(trial.metrics[metric])
 
 
-def _text(value: Any) -> str:
-    return "none" if value is None else plain(value)
+def _costs(costs: Sequence[StageCost]) -> str:
+    """Return what the stages took, and what they would have taken for each trial alone."""
+    if not costs:
+        return ""
+    rows = [
+        (one.stage, str(one.results), str(one.starts), duration(one.seconds), duration(one.alone))
+        for one in costs
+    ]
+    spent, alone = sum(one.seconds for one in costs), sum(one.alone for one in costs)
+    rows.append(("all", "", "", duration(spent), duration(alone)))
+    note = paragraph(
+        "A stage runs once for all trials whose keys do not touch it or its inputs; a start more "
+        "than results is one that was cut short. Last column: every trial with stages of its own.",
+        note=True,
+    )
+    head = ("stage", "results", "starts", "time", "time without sharing")
+    return note + table(head, rows, numeric=range(1, len(head)))

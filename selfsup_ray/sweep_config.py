@@ -23,6 +23,42 @@ class Also:
 
 
 @config
+class AshaConfig:
+    """Asynchronous successive halving (Li et al. 2020): trials that fall behind end early.
+
+    A stage that trains logs records; at each rung a trial goes on only if its number is among
+    the best 1 / factor of the trials that got there before it.
+    """
+
+    metric: str
+    """Number of the records, as `stage.name`, such as `scan.loss`. It must mean the same in all
+    trials: SimCLR's loss at two temperatures does not, nor SCAN's at two entropy weights."""
+    mode: Literal["min", "max"] = "min"
+    """Whether low or high is good."""
+    grace: PositiveFloat = 1
+    """Epochs of the first rung. What counts is the first record then or later: see `log_every`."""
+    factor: PositiveFloat = 3
+    """Of this many trials at a rung about one goes on; the next rung is at `factor` times the
+    epochs. The last epoch of a training is no rung."""
+
+    def __post_init__(self) -> None:
+        if self.factor <= 1:
+            raise ValueError(f"factor must be above 1, got {self.factor:g}")
+        if not all(self.metric.partition(".")):
+            raise ValueError(f"metric must be `stage.name`, such as scan.loss, got {self.metric}")
+
+    @property
+    def stage(self) -> str:
+        """Stage whose records are compared."""
+        return self.metric.partition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the number in a record."""
+        return self.metric.partition(".")[2]
+
+
+@config
 class SweepConfig:
     """A search over dotted keys of one experiment."""
 
@@ -44,6 +80,8 @@ class SweepConfig:
     """Dotted key of the experiment -> its values."""
     search: Literal["grid", "random", "optuna"] = "random"
     """`grid`: every combination of choices. `optuna` learns from finished trials."""
+    asha: AshaConfig | None = None
+    """Ends trials early that fall behind in a training; None: all trials run to their end."""
     seed: NonNegative = 0
     """Chooses the points; the experiment's own seed is a key like any other."""
     published: Published | None = None

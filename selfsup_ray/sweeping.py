@@ -6,47 +6,38 @@ import csv
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from filelock import FileLock
 from rich.table import Table
 
-from selfsup_ray.artifacts import begin, fingerprint, finish, read_done, whole_file, write_text
+from selfsup_ray.artifacts import begin, finish, read_done, whole_file, write_text
 from selfsup_ray.cluster.session import session
-from selfsup_ray.cluster.tune import Changes, Search, Trial, search
-from selfsup_ray.config import (
-    Resources,
-    build,
-    changed,
-    flatten,
-    load,
-    override,
-    read_yaml,
-    to_dict,
-)
-from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.cluster.tune import Search, Trial, search
+from selfsup_ray.config import Resources, build, changed, load, override, read_yaml, to_dict
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
-from selfsup_ray.models.encoder import Encoder
-from selfsup_ray.ops.metrics import effective_rank
-from selfsup_ray.ops.rng import permuted
 from selfsup_ray.planning import drawn
 from selfsup_ray.progress import clock
-from selfsup_ray.report_sweep import write_sweep_report
-from selfsup_ray.steps import run_stage
+from selfsup_ray.report_sweep import StageCost, write_sweep_report
 from selfsup_ray.sweep_config import SweepConfig
-from selfsup_ray.tracking import open_run, read_records
+from selfsup_ray.sweep_trial import (
+    Score,
+    addresses,
+    build_stage,
+    halving,
+    in_process,
+    run_trial,
+    shared_stages,
+    starts_file,
+)
+from selfsup_ray.tracking import Status, open_run, read_records
 
 log = logging.getLogger(__name__)
-
-RANKME_SAMPLE = 2000
-"""Images whose embeddings are compared when the metric is `rankme`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Summary:
             table.add_column(name, justify="left" if name == "trial" else "right")
         for trial in self.trials:
             values = [_short(trial.changes[key]) for key in keys]
-            result = trial.error or _short(trial.metrics[self.metric])
+            result = outcome(trial, self.metric)
             table.add_row(trial.id, *values, result, clock(trial.seconds))
         named = {"table": "trials.csv", "best": "best.yaml", "report": "report.html"}
         files = [f"{what:6} {self.out / name}" for what, name in named.items()]
@@ -73,15 +64,22 @@ class Summary:
 
 
 def sweep(
-    path: Path, changes: Mapping[str, Any] | None = None, *, address: str | None = None
+    what: Path | SweepConfig,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    address: str | None = None,
+    score: Score | None = None,
 ) -> Summary:
-    """Run the trials of a sweep file that have not finished and return all, best first.
+    """Run the trials of a sweep that have not finished and return all, best first.
 
-    changes: dotted keys; those of stages are the experiment's, the others the sweep's own. The
-    same call continues a sweep that was killed. Raises UserError for a mistake in either file,
-    or a value of the space that the experiment refuses, before anything is spent.
+    what: a sweep's file, or its config made in Python. changes: dotted keys; those of stages are
+    the experiment's, the others the sweep's own. score: further numbers of a trial, one of which
+    `metric` may name; give `out` another name when the function changes, since it travels to the
+    trials but is not part of the config. The same call continues a sweep that was killed. Raises
+    UserError for a mistake in either config, or a value of the space that the experiment refuses,
+    before anything is spent.
     """
-    made, experiment = prepared(path, changes or {})
+    made, experiment = prepared(what, changes or {})
     trial = in_process(experiment, made)
     inputs = {stage: folder.name for stage, folder in addresses(trial, made.out).items()}
     if begin(made.out, stage="sweep", config=made, inputs=inputs):
@@ -90,10 +88,15 @@ def sweep(
     began, name = time.monotonic(), made.out.name
     with session(address), open_run(made.out, made.tracking, name=name, params=made) as parent:
         _build_shared(experiment, trial, made)
-        summary = Summary(made.out, made.metric, _ranked(_searched(trial, made), made))
+        summary = Summary(made.out, made.metric, _ranked(_searched(trial, made, score), made))
         _write(summary, experiment, made)
         page = write_sweep_report(
-            made.out, summary.trials, metric=made.metric, published=made.published
+            made.out,
+            summary.trials,
+            metric=made.metric,
+            mode=made.mode,
+            published=made.published,
+            costs=costs(trial, made, summary.trials),
         )
         parent.artifact(made.out / "trials.csv")
         parent.artifact(made.out / "best.yaml")
@@ -104,12 +107,14 @@ def sweep(
     return summary
 
 
-def prepared(path: Path, changes: Mapping[str, Any]) -> tuple[SweepConfig, Experiment]:
+def prepared(
+    what: Path | SweepConfig, changes: Mapping[str, Any]
+) -> tuple[SweepConfig, Experiment]:
     """Return a sweep and its experiment, checked at every choice and bound of the space.
 
-    Raises UserError for a mistake in either file or a value that the experiment refuses.
+    Raises UserError for a mistake in either config or a value that the experiment refuses.
     """
-    made = load_sweep(path, changes)
+    made = load_sweep(what, changes)
     experiment = seeded(load(Experiment, made.experiment, made.changes))
     require_stages(experiment, [made.until])
     for key, dimension in made.space.items():
@@ -117,126 +122,42 @@ def prepared(path: Path, changes: Mapping[str, Any]) -> tuple[SweepConfig, Exper
             override(experiment, {key: value})
     for rule in made.also:
         override(experiment, {**rule.when, **rule.set})
+    halving(in_process(experiment, made), made)
     return made, experiment
 
 
-def load_sweep(path: Path, changes: Mapping[str, Any]) -> SweepConfig:
-    """Return a sweep file's config with changes applied to it or to its experiment.
+def load_sweep(what: Path | SweepConfig, changes: Mapping[str, Any]) -> SweepConfig:
+    """Return a sweep's config with changes applied to it or to its experiment.
 
     A key that both have, such as `out` or `seed`, is the sweep's.
     """
     own = {field.name for field in dataclasses.fields(SweepConfig)}
     theirs = {field.name for field in dataclasses.fields(Experiment)} - own
     for_sweep = {key: v for key, v in changes.items() if key.split(".")[0] not in theirs}
-    values = changed({"out": f"runs/sweeps/{path.stem}", **read_yaml(path)}, for_sweep)
+    given = to_dict(what) if isinstance(what, SweepConfig) else _read(what)
+    values = changed(given, for_sweep)
     for_experiment = {key: value for key, value in changes.items() if key not in for_sweep}
     if for_experiment:
         values["changes"] = {**(values.get("changes") or {}), **for_experiment}
     try:
         return build(SweepConfig, values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        where = "SweepConfig" if isinstance(what, SweepConfig) else what
+        raise ConfigError(f"{where}: {error}") from None
 
 
-def in_process(experiment: Experiment, made: SweepConfig) -> Experiment:
-    """Return the experiment as a trial runs it: up to `until`, all in the trial's process."""
-    stages = experiment.stages
-    kept = stages[: stages.index(made.until) + 1]
-    ask = {"workers": 0, "cpus": made.cpus, "gpus": made.gpus}
-    changes: dict[str, Any] = {f"{stage}.resources": ask for stage in kept}
-    changes |= {stage: None for stage in stages if stage not in kept}
-    return override(experiment, changes)
-
-
-def addresses(experiment: Experiment, out: Path) -> dict[str, Path]:
-    """Return the folder of each stage, named by what decides its result: equal means shared.
-
-    The name holds the fingerprint of the stage's config and of its inputs' names.
-    """
-    folders: dict[str, Path] = {}
-    for stage in experiment.stages:
-        inputs = {name: folders[name].name for name in experiment.inputs(stage)}
-        digest = fingerprint(getattr(experiment, stage), inputs)
-        folders[stage] = out / "stages" / f"{stage}-{digest[:16]}"
-    return folders
-
-
-def run_trial(changes: Changes, *, experiment: Experiment, made: SweepConfig) -> dict[str, float]:
-    """Run the stages of one trial that no other trial has run, and return its numbers.
-
-    Two trials that need the same unfinished stage meet at a lock; the second finds it finished.
-    Raises ConfigError when no stage of the trial has the metric.
-    """
-    trial, metric = override(experiment, made.applied(changes)), made.metric
-    folders = addresses(trial, made.out)
-    for stage in trial.stages:
-        _build(stage, trial, folders)
-    found = numbers({stage: folders[stage] for stage in trial.stages})
-    if metric == "rankme":
-        found["rankme"] = rankme(*_inputs_of_rankme(trial, folders))
-    matching = [key for key in found if f".{key}".endswith(f".{metric}")]
-    if not matching:
-        raise ConfigError(
-            f"No stage up to {trial.stages[-1]} has the number metric={metric}. There are: "
-            f"rankme, {', '.join(sorted(found))}."
-        )
-    return found | {metric: found[matching[-1]]}
-
-
-def _inputs_of_rankme(trial: Experiment, folders: Mapping[str, Path]) -> tuple[Corpus, Encoder]:
-    if trial.encoder is None:
-        raise ConfigError("metric=rankme is of an encoder: add the stage pretext or patches.")
-    return Corpus.open(folders["ingest"]), Encoder.open(folders[trial.encoder])
-
-
-def rankme(corpus: Corpus, encoder: Encoder) -> float:
-    """Return the effective rank of the embeddings of at most 2,000 images (RankMe: Garrido 2023).
-
-    It needs no labels; between 1 and the dimension, and higher is better for the same images.
-    """
-    n = len(corpus)
-    ids = np.sort(permuted(np.arange(min(n, RANKME_SAMPLE)), n=n, seed=0, epoch=0))
-    return effective_rank(encoder.embed(corpus.images(ids)))
-
-
-def _build(stage: str, trial: Experiment, folders: Mapping[str, Path]) -> None:
-    folder = folders[stage]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        tracker = open_run(folder, None, name=stage)  # metrics.jsonl: trials do not call MLflow
-        run_stage(stage, trial, lambda name: folders[name], tracker)
-
-
-def numbers(folders: Mapping[str, Path]) -> dict[str, float]:
-    """Return the last value of every number that stages logged or stamped, as `stage.name`."""
-    found: dict[str, float] = {}
-    for stage, folder in folders.items():
-        records = read_records(folder / "metrics.jsonl")
-        for values in (*records, flatten(read_done(folder).facts)):
-            for name, value in values.items():
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if is_number and name not in ("step", "time"):
-                    found[f"{stage}.{name}"] = float(value)
-    return found
-
-
-def shared_stages(experiment: Experiment, space: Iterable[str]) -> tuple[str, ...]:
-    """Return the stages that are the same in all trials: no key touches them or their inputs."""
-    touched = {key.split(".")[0] for key in space}
-    for stage in experiment.stages:
-        if touched & set(experiment.inputs(stage)):
-            touched.add(stage)
-    return tuple(stage for stage in experiment.stages if stage not in touched)
+def _read(path: Path) -> dict[str, Any]:
+    return {"out": f"runs/sweeps/{path.stem}", **read_yaml(path)}
 
 
 def _build_shared(experiment: Experiment, trial: Experiment, made: SweepConfig) -> None:
     """Run the stages that all trials share, with the experiment's own workers."""
     folders = addresses(trial, made.out.absolute())
     for stage in shared_stages(trial, made.varied):
-        _build(stage, experiment, folders)
+        build_stage(stage, experiment, folders)
 
 
-def _searched(trial: Experiment, made: SweepConfig) -> list[Trial]:
+def _searched(trial: Experiment, made: SweepConfig, score: Score | None) -> list[Trial]:
     out = made.out.absolute()
     how = Search(
         metric=made.metric,
@@ -245,9 +166,11 @@ def _searched(trial: Experiment, made: SweepConfig) -> list[Trial]:
         samples=made.samples,
         seed=made.seed,
         concurrent=made.concurrent,
+        halving=halving(trial, made),
     )
+    placed = dataclasses.replace(made, out=out)
     return search(
-        partial(run_trial, experiment=trial, made=dataclasses.replace(made, out=out)),
+        partial(run_trial, experiment=trial, made=placed, score=score),
         made.space,
         how=how,
         resources=Resources(workers=1, cpus=made.cpus, gpus=made.gpus),
@@ -274,10 +197,14 @@ def record(trial: Trial, *, experiment: Experiment, made: SweepConfig) -> None:
         tracker.log([_renamed(values, stage) for values in curve])
     tracker.log([trial.metrics])
     stages = {stage: str(folder.relative_to(made.out)) for stage, folder in folders.items()}
-    text = {"changes": params, "metrics": trial.metrics, "error": trial.error, "stages": stages}
+    text = {
+        **{"changes": params, "metrics": trial.metrics, "error": trial.error},
+        **{"stopped": trial.stopped, "stages": stages},
+    }
     write_text(folder / "trial.yaml", yaml.safe_dump(text, sort_keys=False))
     tracker.artifact(folder / "trial.yaml")
-    tracker.finish("FAILED" if trial.error else "FINISHED")
+    ended: Status = "FINISHED" if trial.is_complete else "KILLED"
+    tracker.finish("FAILED" if trial.error else ended)
 
 
 def _renamed(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -286,18 +213,38 @@ def _renamed(values: Mapping[str, Any], stage: str) -> dict[str, Any]:
     return {key if key in kept else f"{stage}/{key}": item for key, item in values.items()}
 
 
-def _ranked(trials: Sequence[Trial], made: SweepConfig) -> tuple[Trial, ...]:
-    """Return the trials best first, ties by id, failed ones last.
+def costs(trial: Experiment, made: SweepConfig, trials: Sequence[Trial]) -> list[StageCost]:
+    """Return what each stage of a sweep cost, and what it would have cost without sharing."""
+    wanted: dict[str, list[Path]] = {}
+    for one in trials:
+        own = override(trial, made.applied(one.changes))
+        for stage, folder in addresses(own, made.out).items():
+            wanted.setdefault(stage, []).append(folder)
+    found = []
+    for stage, folders in wanted.items():
+        done = [f for f in dict.fromkeys(folders) if (f / "done.json").exists()]
+        seconds = {f: read_done(f).seconds for f in done}
+        files = map(starts_file, dict.fromkeys(folders))
+        starts = sum(len(f.read_text().splitlines()) for f in files if f.exists())
+        alone = sum(seconds.get(f, 0.0) for f in folders)
+        found.append(StageCost(stage, len(done), starts, sum(seconds.values()), alone))
+    return found
 
-    Raises ConfigError when every trial failed, or none has the metric.
+
+def _ranked(trials: Sequence[Trial], made: SweepConfig) -> tuple[Trial, ...]:
+    """Return the trials best first, ties by id; then those ended early, last those that failed.
+
+    Raises ConfigError when no trial ran to its end.
     """
-    good = [trial for trial in trials if trial.error is None]
+    good = [trial for trial in trials if trial.is_complete]
     if not good:
-        reasons = "; ".join(dict.fromkeys(str(trial.error) for trial in trials))
+        reasons = "; ".join(dict.fromkeys(str(trial.error) for trial in trials if trial.error))
         raise ConfigError(f"All {len(trials)} trials failed: {reasons}")
     sign = 1 if made.mode == "min" else -1
     good.sort(key=lambda trial: (sign * trial.metrics[made.metric], trial.id))
-    return (*good, *(trial for trial in trials if trial.error is not None))
+    early = [trial for trial in trials if trial.stopped is not None]
+    early.sort(key=lambda trial: (-(trial.stopped or 0), trial.id))
+    return (*good, *early, *(trial for trial in trials if trial.error is not None))
 
 
 def _write(summary: Summary, experiment: Experiment, made: SweepConfig) -> None:
@@ -305,11 +252,13 @@ def _write(summary: Summary, experiment: Experiment, made: SweepConfig) -> None:
     keys = list(summary.trials[0].changes)
     with whole_file(summary.out / "trials.csv") as path, open(path, "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["trial", *keys, summary.metric, "seconds", "error"])
+        rows.writerow(["trial", *keys, summary.metric, "seconds", "stopped_epoch", "error"])
         for trial in summary.trials:
             values = [trial.changes[key] for key in keys]
             number = trial.metrics.get(summary.metric, "")
-            rows.writerow([trial.id, *values, number, round(trial.seconds, 2), trial.error or ""])
+            stopped = "" if trial.stopped is None else trial.stopped
+            spent = round(trial.seconds, 2)
+            rows.writerow([trial.id, *values, number, spent, stopped, trial.error or ""])
     changes = made.applied(summary.trials[0].changes) | {"out": str(summary.out / "best")}
     best = override(experiment, changes)
     text = yaml.safe_dump(to_dict(best), sort_keys=False)
@@ -318,6 +267,15 @@ def _write(summary: Summary, experiment: Experiment, made: SweepConfig) -> None:
 
 def _stored(out: Path) -> tuple[Trial, ...]:
     return tuple(Trial(**values) for values in read_done(out).facts["trials"])
+
+
+def outcome(trial: Trial, metric: str) -> str:
+    """Return a trial's number, the epoch where it was ended, or the error it failed with."""
+    if trial.error is not None:
+        return trial.error
+    if trial.stopped is not None:
+        return f"stopped, epoch {trial.stopped:.3g}"
+    return _short(trial.metrics[metric])
 
 
 def _short(value: Any) -> str:

@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from selfsup_ray.cluster.asha import EPOCH, VALUE, Halving, scheduler, without_reports
 from selfsup_ray.config import Resources, config
 from selfsup_ray.errors import UserError
 
 log = logging.getLogger(__name__)
 
 Changes = dict[str, Any]
-RunTrial = Callable[[Changes], Mapping[str, float]]
+Tell = Callable[[float, float], None]
+"""(epoch, value) -> the search has heard; does not return when it ends the trial here."""
+RunTrial = Callable[[Changes, Tell], Mapping[str, float]]
 
 
 @config
@@ -89,6 +92,8 @@ class Search:
     seed: int = 0
     concurrent: int | None = None
     """Trials at a time; None: as many as the cluster has room for."""
+    halving: Halving | None = None
+    """Ends trials that fall behind; None: all run to their end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,13 @@ class Trial:
     metrics: dict[str, float]
     error: str | None
     seconds: float
+    stopped: float | None = None
+    """Epoch at which the search ended it early; it then has no numbers. None: it ran to its end."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ran to its end and has its numbers."""
+        return self.error is None and self.stopped is None
 
     @property
     def id(self) -> str:
@@ -123,10 +135,11 @@ def search(
 ) -> list[Trial]:
     """Return all trials of a search over dotted keys, in Tune's order; run_trial must pickle.
 
-    run_trial maps changes such as {"scan.entropy_weight": 5.0} to numbers, how.metric among them.
-    `out` keeps Tune's state: called again after the driver was killed, the search goes on with
-    the trials that had not finished. on_trial is called here, in the driver, once for each
-    trial that ends.
+    run_trial maps changes such as {"scan.entropy_weight": 5.0} to numbers, how.metric among them,
+    and tells how far it is where `how` has a halving. `out` keeps Tune's state: called again after
+    the driver was killed, the search goes on with the trials that had not ended. on_trial is
+    called here, in the driver, for each trial that ends: once, and once more for one that ended
+    in the second before a kill.
     """
     from ray import tune
     from ray.tune.logger import JsonLoggerCallback
@@ -166,7 +179,10 @@ def _trainable(run_trial: RunTrial) -> Callable[[Changes], None]:
     def trial(changes: Changes) -> None:
         from ray import tune
 
-        tune.report(dict(run_trial(changes)))
+        def tell(epoch: float, value: float) -> None:
+            tune.report({EPOCH: epoch, VALUE: value})
+
+        tune.report(dict(run_trial(changes, tell)))
 
     return trial
 
@@ -187,15 +203,18 @@ def _tune_config(how: Search) -> Any:
     if how.algorithm == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        algorithm = OptunaSearch(metric=how.metric, mode=how.mode, seed=how.seed)
+        algorithm = without_reports(OptunaSearch)(metric=how.metric, mode=how.mode, seed=how.seed)
     else:
-        algorithm = BasicVariantGenerator(random_state=how.seed)
+        # Tune ignores max_concurrent_trials for a generator that it did not make.
+        most = how.concurrent or 0
+        algorithm = BasicVariantGenerator(max_concurrent=most, random_state=how.seed)
     return tune.TuneConfig(
         metric=how.metric,
         mode=how.mode,
         search_alg=algorithm,
+        scheduler=scheduler(how.halving) if how.halving else None,
         num_samples=1 if how.algorithm == "grid" else how.samples,
-        max_concurrent_trials=how.concurrent,
+        max_concurrent_trials=how.concurrent if how.algorithm == "optuna" else None,
         reuse_actors=True,  # a new process for every trial costs three CPU seconds
     )
 
@@ -214,8 +233,12 @@ def _callback(on_trial: Callable[[Trial], None]) -> Any:
 
 def _trial(changes: Mapping[str, Any], result: Mapping[str, Any] | None, error: Any) -> Trial:
     last = dict(result or {})
-    reason = _reason(error) if error else None
-    return Trial(dict(changes), _numbers(last), reason, float(last.get("time_total_s", 0)))
+    seconds = float(last.get("time_total_s", 0))
+    if error:
+        return Trial(dict(changes), {}, _reason(error), seconds)
+    if VALUE in last:
+        return Trial(dict(changes), {}, None, seconds, stopped=float(last[EPOCH]))
+    return Trial(dict(changes), _numbers(last), None, seconds)
 
 
 def _reason(error: Any) -> str:
@@ -247,7 +270,8 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
 _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output obeys verbose=0
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a report on the way has not the result's metric
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in an experiment are relative to where it was started
 }
 

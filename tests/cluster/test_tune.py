@@ -22,16 +22,9 @@ from selfsup_ray.data.synthetic import write_shapes
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.encoder import Encoder
-from selfsup_ray.sweeping import (
-    SweepConfig,
-    addresses,
-    in_process,
-    load_sweep,
-    prepared,
-    rankme,
-    shared_stages,
-    sweep,
-)
+from selfsup_ray.sweep_config import SweepConfig
+from selfsup_ray.sweep_trial import addresses, in_process, rankme, run_trial, shared_stages
+from selfsup_ray.sweeping import load_sweep, prepared, sweep
 
 HERE = {"workers": 0}
 SMALL = {"epochs": 1, "batch_size": 16, "precision": "float32", "resources": HERE}
@@ -54,6 +47,11 @@ def write_sweep(folder: Path, **values: Any) -> Path:
     made = {"experiment": str(folder / "tiny.yaml"), "out": str(folder / "sweep"), **values}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(made))
     return folder / "sweep.yaml"
+
+
+def untold(epoch: float, value: float) -> None:
+    """What a trial tells a search that ends no trial early: it must not."""
+    raise AssertionError((epoch, value))
 
 
 def stage_folders(out: Path) -> dict[str, int]:
@@ -237,7 +235,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_no_trial_twice(tmp_path
         **{"ingest": 1, "pretext": 1, "embed": 1, "graph": 2, "scan": 4, "evaluate": 4},
     }
     rows = [line.split(",") for line in (out / "trials.csv").read_text().splitlines()]
-    assert rows[0] == ["trial", *rows[0][1:3], "scan_score", "seconds", "error"]
+    assert rows[0] == ["trial", *rows[0][1:3], "scan_score", "seconds", "stopped_epoch", "error"]
     scores = [float(row[3]) for row in rows[1:]]
     assert len(scores) == 4 and scores == sorted(scores)
     assert rows[1][0] in printed and str(out / "best.yaml") in printed
@@ -276,9 +274,9 @@ def test_rankme_is_the_exponential_of_the_entropy_of_the_singular_values(tmp_pat
     made, experiment = prepared(
         write_sweep(tmp_path, until="pretext", space={"pretext.epochs": {"choice": [1]}}), {}
     )
-    from selfsup_ray.sweeping import run_trial
-
-    found = run_trial({"pretext.epochs": 1}, experiment=in_process(experiment, made), made=made)
+    found = run_trial(
+        {"pretext.epochs": 1}, untold, experiment=in_process(experiment, made), made=made
+    )
     [corpus] = map(Corpus.open, (tmp_path / "sweep/stages").glob("ingest-????????????????"))
     [encoder] = map(Encoder.open, (tmp_path / "sweep/stages").glob("pretext-????????????????"))
     rows = encoder.embed(corpus.images(np.arange(40))).astype(np.float64)
@@ -289,11 +287,11 @@ def test_rankme_is_the_exponential_of_the_entropy_of_the_singular_values(tmp_pat
 
 
 def test_a_metric_that_no_stage_has_is_refused_with_those_there_are(tmp_path: Path):
-    from selfsup_ray.sweeping import run_trial
-
     space = {"ingest.image_size": {"choice": [16]}}
     path = write_sweep(tmp_path, until="ingest", metric="acuracy", space=space)
     made, experiment = prepared(path, {})
     assert isinstance(made, SweepConfig)
     with pytest.raises(ConfigError, match=r"metric=acuracy\. There are: rankme, .*ingest\.kept"):
-        run_trial({"ingest.image_size": 16}, experiment=in_process(experiment, made), made=made)
+        run_trial(
+            {"ingest.image_size": 16}, untold, experiment=in_process(experiment, made), made=made
+        )
