@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from selfsup_ray.config import flatten, to_dict
+from selfsup_ray.config import flatten, parse_yaml, to_dict
 from selfsup_ray.credentials import require_no_credentials
 from selfsup_ray.errors import ArtifactError, UserError
 
@@ -331,7 +331,7 @@ def read_claim(path: Path) -> dict[str, Any]:
     Raises ArtifactError when it holds anything but plain values.
     """
     try:
-        stored = yaml.safe_load(path.read_text())
+        stored = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ArtifactError(

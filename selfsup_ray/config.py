@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
@@ -84,8 +85,31 @@ def build(cls: type[C], values: Mapping[str, Any], *, prefix: str = "") -> C:
         raise ConfigError(explain(error, cls=cls, prefix=prefix)) from None
 
 
+MAX_VALUES = 100_000
+"""Values in a YAML file, each counted as often as aliases repeat it."""
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node unfolds to: infinitely many when it lies within itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = [part if isinstance(part, tuple) else (part,) for part in below]
+        known[id(node)] = 1 + sum(_num_values(n, known) for pair in pairs for n in pair)
+    return known[id(node)]
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader that refuses a key given twice and reads 1e-3 as the number it is."""
+
+    def get_single_node(self) -> Any:
+        """Return the document; one whose aliases unfold to millions of values is an error."""
+        node = super().get_single_node()
+        if node is not None and _num_values(node, {}) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it unfolds to more than {MAX_VALUES:,} values", node.start_mark
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node; a key given twice is an error, not the last one wins."""
@@ -106,18 +130,29 @@ _Loader.add_implicit_resolver(
 )
 
 
+def parse_yaml(text: str) -> Any:
+    """Return the plain values in a YAML text; no tag in it can call anything.
+
+    Raises yaml.YAMLError.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, read with the safe loader.
 
     Raises ConfigError when the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
-        values = yaml.load(path.read_text(), Loader=_Loader)
+        values = parse_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(
             f"Cannot read {path}: {error.strerror}. Give the path of a YAML file."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, got {type(values).__name__}.")
@@ -295,7 +330,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise ConfigError(f"`{text}` is not of the form key=value, e.g. pretext.epochs=10.")
     try:
-        return key, yaml.load(value, Loader=_Loader)
+        return key, parse_yaml(value)
     except yaml.YAMLError:
         return key, value
 
@@ -314,6 +349,7 @@ __all__ = [
     "load",
     "override",
     "parse_assignment",
+    "parse_yaml",
     "read_yaml",
     "to_dict",
 ]
