@@ -62,7 +62,9 @@ def _is_full(error: Exception, folder: Path) -> bool:
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
-    return shutil.disk_usage(folder).free < FULL_BELOW_BYTES  # torch and numpy name no number
+    # safetensors gives the system's words only; torch and numpy not even those.
+    said = os.strerror(errno.ENOSPC) in str(error)
+    return said or shutil.disk_usage(folder).free < FULL_BELOW_BYTES
 
 
 def full_disk(path: Path | str) -> str:
