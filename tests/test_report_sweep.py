@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from selfsup_ray.cluster.tune import Trial
-from selfsup_ray.report_sweep import PUBLISHED, Published, write_sweep_report
+from selfsup_ray.report_sweep import PUBLISHED, Published, StageCost, write_sweep_report
+from selfsup_ray.report_sweep_space import Axis, axis, column
 
 METRIC = "classify.max_accuracy"
 
@@ -89,3 +90,37 @@ def test_a_list_of_layers_is_a_value_like_any_other(tmp_path: Path):
     layers = ([{"name": "code"}], [{"name": "code", "residual": "add"}])
     trials = [trial(0.8 - i / 10, classify__deeper=one) for i, one in enumerate(layers)]
     assert "residual" in written(tmp_path, trials)
+
+
+def test_a_sweep_over_two_keys_has_parallel_coordinates_and_a_response_to_each(tmp_path: Path):
+    trials = [
+        trial(0.5 + k / 100, patches__size=size, scan__k=k, whiten__whitening="pca")
+        for k in (1, 2, 16)
+        for size in (64, 128)
+    ]
+    early = Trial({**trials[0].changes, "scan.k": 3}, {}, None, 2.0, stopped=1.5)
+    text = written(tmp_path, [*trials, early])
+    assert f"{METRIC}: parallel coordinates" in text
+    assert f'aria-label="{METRIC} by size"' in text and f'aria-label="{METRIC} by k"' in text
+    assert "by whitening" not in text, "the same in all trials"
+    assert "7 trials, 1 ended early, 0 failed" in text and "stopped at epoch 1.5" in text
+
+
+def test_axes_of_parallel_coordinates_go_from_0_to_1_by_logarithm_or_by_name():
+    sizes = column(axis("patches.size", [1, 4, 16, 4]), "size")
+    assert sizes.heights.tolist() == [0, 0.5, 1, 0.5]
+    assert [label for _, label in sizes.ticks] == ["1", "4", "16"]
+    assert column(axis("a.b", [2.0, 3.0, 4.0]), "b").heights.tolist() == [0, 0.5, 1]
+    names = column(axis("w.kind", ["zca", None, "zca"]), "kind")
+    assert names.heights.tolist() == [0, 1, 0] and names.ticks == [(0, "zca"), (1, "none")]
+    many: Axis = axis("a.b", list(range(20)))
+    assert [label for _, label in column(many, "b").ticks] == ["0", "19"]
+
+
+def test_the_page_says_what_sharing_saved(tmp_path: Path):
+    costs = [StageCost("patches", 3, 4, 60.0, 540.0), StageCost("scan", 27, 27, 270.0, 270.0)]
+    path = write_sweep_report(tmp_path, [trial(0.8, a__b=1)], metric=METRIC, costs=costs)
+    text = path.read_text()
+    assert "time without sharing" in text
+    cells = [cell.split("<")[0] for cell in text.split('<td class="n">')]
+    assert cells[-12:-8] == ["3", "4", "60 s", "540 s"] or "9 min" in text
