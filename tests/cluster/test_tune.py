@@ -205,8 +205,22 @@ def start(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+def killed_after(ended: int, path: Path, out: Path) -> dict[Path, int]:
+    """Run the sweep, kill -9 its driver once trials have ended; return the finished stages."""
+    driver = start(path)
+    deadline = time.monotonic() + 240
+    while len(list(out.glob("trials/*/trial.yaml"))) < ended:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.kill()
+    driver.communicate()
+    assert not (out / "done.json").exists()
+    return {p: p.stat().st_mtime_ns for p in out.glob("stages/*/done.json")}
+
+
 @pytest.mark.slow
-def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_no_trial_twice(tmp_path: Path):
+@pytest.mark.timeout(900)
+def test_a_sweep_whose_driver_is_killed_twice_goes_on_and_runs_no_trial_twice(tmp_path: Path):
     path = write_sweep(
         tmp_path,
         until="evaluate",
@@ -217,15 +231,8 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_runs_no_trial_twice(tmp_path
         space={"scan.entropy_weight": {"choice": [1.0, 5.0]}, "graph.k": {"choice": [5, 6]}},
     )
     out = tmp_path / "sweep"
-    killed = start(path)
-    deadline = time.monotonic() + 240
-    while not list(out.glob("trials/*/trial.yaml")):  # the first trial has ended
-        assert killed.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    killed.kill()
-    killed.communicate()
-    stamps = {p: p.stat().st_mtime_ns for p in out.glob("stages/*/done.json")}
-    assert not (out / "done.json").exists()
+    for ended in (1, 3):
+        stamps = killed_after(ended, path, out)
 
     finished = start(path)
     printed, _ = finished.communicate(timeout=240)
