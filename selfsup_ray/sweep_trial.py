@@ -36,13 +36,28 @@ Score = Callable[[Experiment, Folders], Mapping[str, float]]
 
 
 def in_process(experiment: Experiment, made: SweepConfig) -> Experiment:
-    """Return the experiment as a trial runs it: up to `until`, all in the trial's process."""
+    """Return the experiment as a trial runs it: up to `until`, all in the trial's process.
+
+    A stage that works on CPUs alone is given none of the trial's GPUs.
+    """
     stages = experiment.stages
     kept = stages[: stages.index(made.until) + 1]
-    ask = {"workers": 0, "cpus": made.cpus, "gpus": made.gpus}
-    changes: dict[str, Any] = {f"{stage}.resources": ask for stage in kept}
-    changes |= {stage: None for stage in stages if stage not in kept}
+    changes: dict[str, Any] = {stage: None for stage in stages if stage not in kept}
+    for stage in kept:
+        ask = {"workers": 0, "cpus": made.cpus, "gpus": made.gpus}
+        if made.gpus and not _takes(experiment, stage, ask):
+            ask["gpus"] = 0
+        changes[f"{stage}.resources"] = ask
     return override(experiment, changes)
+
+
+def _takes(experiment: Experiment, stage: str, ask: Mapping[str, Any]) -> bool:
+    """Return whether the config of a stage allows these resources."""
+    try:
+        override(experiment, {f"{stage}.resources": ask})
+    except ConfigError:
+        return False
+    return True
 
 
 def addresses(experiment: Experiment, out: Path) -> dict[str, Path]:

@@ -16,7 +16,7 @@ import yaml
 from rich.table import Table
 
 from selfsup_ray.artifacts import begin, finish, read_done, whole_file, write_text
-from selfsup_ray.cluster.session import session
+from selfsup_ray.cluster.session import require_resources, session
 from selfsup_ray.cluster.tune import Search, Trial, search
 from selfsup_ray.config import Resources, build, changed, load, override, read_yaml, to_dict
 from selfsup_ray.errors import ConfigError
@@ -87,6 +87,7 @@ def sweep(
         return Summary(made.out, made.metric, _stored(made.out))
     began, name = time.monotonic(), made.out.name
     with session(address), open_run(made.out, made.tracking, name=name, params=made) as parent:
+        require_resources(_of_a_trial(made), stage="sweep")
         _build_shared(experiment, trial, made)
         summary = Summary(made.out, made.metric, _ranked(_searched(trial, made, score), made))
         _write(summary, experiment, made)
@@ -157,6 +158,11 @@ def _build_shared(experiment: Experiment, trial: Experiment, made: SweepConfig) 
         build_stage(stage, experiment, folders)
 
 
+def _of_a_trial(made: SweepConfig) -> Resources:
+    """Return what one trial asks of the cluster."""
+    return Resources(workers=1, cpus=made.cpus, gpus=made.gpus)
+
+
 def _searched(trial: Experiment, made: SweepConfig, score: Score | None) -> list[Trial]:
     out = made.out.absolute()
     how = Search(
@@ -173,7 +179,7 @@ def _searched(trial: Experiment, made: SweepConfig, score: Score | None) -> list
         partial(run_trial, experiment=trial, made=placed, score=score),
         made.space,
         how=how,
-        resources=Resources(workers=1, cpus=made.cpus, gpus=made.gpus),
+        resources=_of_a_trial(made),
         out=out / "tune",
         on_trial=partial(record, experiment=trial, made=made),
     )

@@ -23,7 +23,7 @@ from selfsup_ray.stages.patch_pictures import by_size, patch_tiles
 from selfsup_ray.stages.patches import PatchesConfig, fit_patches
 from selfsup_ray.stages.whiten import PatchSample, WhitenConfig, whiten
 from selfsup_ray.steps import run_stage
-from selfsup_ray.sweeping import _inputs_of_rankme, addresses, rankme
+from selfsup_ray.sweep_trial import _inputs_of_rankme, addresses, rankme
 from selfsup_ray.tracking import open_run
 
 HERE = Resources(workers=0)
