@@ -236,9 +236,18 @@ def _require_patches(experiment: Experiment, n: int) -> None:
 
 
 def require_room(plan: Plan) -> None:
-    """Raise ArtifactError unless the disk has room for what a plan's stages leave."""
-    wanted = sum(step.cost.disk_bytes or 0 for step in plan.steps if step.stage in plan.to_run)
+    """Raise ArtifactError unless the disk has room for what a plan's stages leave.
+
+    What an interrupted stage has written already is not asked for again.
+    """
+    asked = {step.stage: step.cost.disk_bytes or 0 for step in plan.steps}
+    wanted = sum(max(0, asked[name] - _written(plan.out / name)) for name in plan.to_run)
     require_disk(plan.out, size_bytes=wanted)
+
+
+def _written(folder: Path) -> int:
+    """Return the bytes of all files in a folder; 0 when there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def size(num_bytes: int | None) -> str:

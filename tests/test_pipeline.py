@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from selfsup_ray.artifacts import read_done
-from selfsup_ray.config import build, override
-from selfsup_ray.costs import network
+from selfsup_ray.config import Resources, build, override
+from selfsup_ray.costs import Cost, network
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.synthetic import write_shapes
 from selfsup_ray.errors import ArtifactError, ConfigError
@@ -19,7 +19,7 @@ from selfsup_ray.models.backbones import ResNetConfig
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.pipeline import Result, run, run_experiment
-from selfsup_ray.planning import plan, plan_experiment, size
+from selfsup_ray.planning import Plan, Step, plan, plan_experiment, require_room, size
 from selfsup_ray.stages.diffuse import Diffusion
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.evaluate import Evaluation
@@ -289,3 +289,15 @@ def test_the_size_of_a_network_is_what_torchvision_documents(
 )
 def test_bytes_are_written_as_people_do(num_bytes: Any, text: str):
     assert size(num_bytes) == text
+
+
+def test_room_is_asked_only_for_what_an_interrupted_stage_has_not_written(tmp_path: Path):
+    too_much = shutil.disk_usage(tmp_path).free + 10**12
+    step = Step("graph", "continue", "", Resources(workers=0), Cost(disk_bytes=too_much))
+    made = Plan(tmp_path, 10, (step,))
+    with pytest.raises(ArtifactError, match="the disk has"):
+        require_room(made)
+    (tmp_path / "graph").mkdir()
+    with open(tmp_path / "graph" / "rows.npy", "wb") as file:
+        file.truncate(too_much)  # a hole: no block of the disk
+    require_room(made)
