@@ -107,5 +107,5 @@ def test_missing_or_damaged_files_say_what_to_do(tmp_path):
         Corpus.open(tmp_path / "nowhere")
     corpus, _, _ = made(tmp_path / "damaged")
     (corpus.path / "shards" / "00001.arrow").write_bytes(b"not arrow")
-    with pytest.raises(ArtifactError, match=r"00001\.arrow cannot be read.*Run ingest again"):
+    with pytest.raises(ArtifactError, match=r"00001\.arrow cannot be read.*run ingest again"):
         corpus.images(np.array([6]))
