@@ -392,12 +392,10 @@ def test_ranks_count_every_test_image_once(on_ranks: Callable[..., list[Any]]):
     assert on_ranks(count, size=2) == [want, want] and count() == want
 
 
-def test_shuffled_views_are_made_anew_but_measured_alike(made: Path, tmp_path: Path):
-    small = {"name": "cnn", "architecture": "VGGc16d1", "hidden": []}
+def test_shuffled_views_are_made_anew_but_alike(made: Path, tmp_path: Path):
+    small = {"name": "cnn", "architecture": "VGGc16d1"}
     views = {"padding": 0, "shuffle": "pixels"}
-    done = run(made, tmp_path / "c", model=small, views=views, epochs=1)
-    again = run(made, tmp_path / "d", model=small, views=views, epochs=1)
-    assert_same(done, again)
-    assert done.max_accuracy <= 1.0
+    once, again = (run(made, tmp_path / x, model=small, views=views, epochs=1) for x in "cd")
+    assert_same(once, again)
     with pytest.raises(ConfigError, match=r"views\.shuffle=pixels makes every view anew"):
         run(made, tmp_path / "e", views=views, cache_codes=True)
