@@ -393,8 +393,7 @@ def test_ranks_count_every_test_image_once(on_ranks: Callable[..., list[Any]]):
 
 
 def test_shuffled_views_are_made_anew_but_alike(made: Path, tmp_path: Path):
-    small = {"name": "cnn", "architecture": "VGGc16d1"}
-    views = {"padding": 0, "shuffle": "pixels"}
+    small, views = {"name": "cnn", "architecture": "VGGc16d1"}, {"padding": 0, "shuffle": "pixels"}
     once, again = (run(made, tmp_path / x, model=small, views=views, epochs=1) for x in "cd")
     assert_same(once, again)
     with pytest.raises(ConfigError, match=r"views\.shuffle=pixels makes every view anew"):
