@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 1 for a bug, 2 for a user's mistake, 130."""
     options = parsed(arguments)
     set_up_logging(quiet=options.quiet)
-    signal.signal(signal.SIGTERM, _interrupt)
+    goodbye = _Goodbye()
+    signal.signal(signal.SIGTERM, goodbye.stop)
     try:
         options.call(options)
     except UserError as error:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"selfsup-ray: {full_disk(error.filename or 'A file')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("selfsup-ray: stopped; the same command continues from here.", file=sys.stderr)
+        goodbye.say()
         return 130
     return 0
 
@@ -291,8 +293,24 @@ def set_up_logging(*, quiet: bool) -> None:
     logging.getLogger("selfsup_ray").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+class _Goodbye:
+    """Says once that nothing is lost: at a SIGTERM at once, since a SIGKILL may follow soon."""
+
+    LINE = b"selfsup-ray: stopped; the same command continues from here.\n"
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def say(self) -> None:
+        """Write the line, past buffers that the signal may have found half written."""
+        if not self.said:
+            self.said = True
+            os.write(2, self.LINE)
+
+    def stop(self, signum: int, frame: FrameType | None) -> NoReturn:
+        """Handle SIGTERM."""
+        self.say()
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

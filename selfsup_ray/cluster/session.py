@@ -6,8 +6,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -51,14 +53,15 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     if address != "local":
         return _join(address)
     _own_token()
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        object_store_memory=object_store_bytes(),
-    )
+    with _own_handler():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=object_store_bytes(),
+        )
 
 
 def _join(address: str) -> None:
@@ -66,7 +69,8 @@ def _join(address: str) -> None:
 
     try:
         _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        with _own_handler():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
         raise ResourceError(
             f"No Ray cluster answers at {address} ({' '.join(str(error).split())[:200]}). "
@@ -79,6 +83,17 @@ def _knock(address: str) -> None:
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM: ray.init sets one that ends it without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _own_token() -> None:
@@ -128,8 +143,29 @@ def require_resources(resources: Resources, *, stage: str) -> None:
 
     if resources.workers == 0:
         return
+    address = ray.get_runtime_context().gcs_address
+    require_room(resources, stage=stage, nodes=alive(), launched=lambda: launch_config(address))
+
+
+def alive() -> list[dict[str, float]]:
+    """Return the resources of every living node of the cluster that this process has joined."""
+    import ray
+
     every = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in every if node["Alive"]]
+    return [node["Resources"] for node in every if node["Alive"]]
+
+
+def require_room(
+    resources: Resources,
+    *,
+    stage: str,
+    nodes: Sequence[Mapping[str, float]],
+    launched: Callable[[], dict[str, Any] | None],
+) -> None:
+    """Do what `require_resources` does for given nodes; `launched` is asked where they lack room.
+
+    Raises ResourceError.
+    """
     room = sum(workers_that_fit(node, resources) for node in nodes)
     if room >= resources.workers:
         return
@@ -137,18 +173,18 @@ def require_resources(resources: Resources, *, stage: str) -> None:
         f"{stage} asks for {resources.workers} workers with {_number(resources.cpus)} CPUs and "
         f"{_number(resources.gpus)} GPUs each"
     )
-    launched = launch_config(ray.get_runtime_context().gcs_address)
-    if launched is None:
+    file = launched()
+    if file is None:
         has = ", ".join(map(_amounts, nodes))
         raise ResourceError(
             f"{asks}, but Ray has room for {room}: {len(nodes)} nodes with ({has}). "
             f"Lower {stage}.resources, or join a larger cluster with --address."
         )
     head = [node for node in nodes if HEAD in node]
-    most = sum(workers_that_fit(node, resources) for node in head) + most_added(launched, resources)
+    most = sum(workers_that_fit(node, resources) for node in head) + most_added(file, resources)
     if most < resources.workers:
         raise ResourceError(
-            f"{asks}, but the cluster can only grow to room for {most}: {_growth(launched)}. "
+            f"{asks}, but the cluster can only grow to room for {most}: {_growth(file)}. "
             f"Lower {stage}.resources, or change the node types in the cluster's file."
         )
     log.info(

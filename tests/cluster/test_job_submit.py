@@ -77,6 +77,8 @@ def test_a_job_that_was_stopped_continues_when_it_is_submitted_again(head: Any, 
     output = first.communicate(timeout=120)[0]
     assert "was stopped" in stopped, stopped
     assert "Job 'first' was stopped" in output and "Traceback" not in output
+    said = job(head, "logs", "first").communicate(timeout=120)[0]
+    assert said.count("selfsup-ray: stopped; the same command continues from here.") == 1, said
     before = max(steps(log))
     assert before < 60
 
