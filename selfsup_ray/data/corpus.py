@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import simplejpeg
 import torch
-from PIL import Image
 from torch import Tensor
 
 from selfsup_ray.artifacts import Array, read_done, read_json
+from selfsup_ray.data.pixels import Pixels
 from selfsup_ray.data.shard_files import SCHEMA, Encoding, shard_path
 from selfsup_ray.errors import ArtifactError
 
@@ -28,10 +23,10 @@ MAX_OPEN_SHARDS = 16_384  # Linux allows about 65,000 memory maps per process
 
 @dataclass(frozen=True)
 class _Shard:
-    """One memory-mapped shard; pixels is (n, S, S, 3) when the images are stored raw."""
+    """One memory-mapped shard."""
 
     batch: pa.RecordBatch
-    pixels: Array | None
+    pixels: Pixels
     labels: Array
 
 
@@ -87,7 +82,7 @@ class Corpus:
         ids = self._checked(ids)
         out = np.empty((len(ids), self.image_size, self.image_size, 3), np.uint8)
         for shard, rows, local in self._by_shard(ids):
-            self._read(shard, local, out, rows)
+            self._shard(shard).pixels.read(local, out, rows)
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
     def shard_images(self, i: int, start: int, stop: int) -> Tensor:
@@ -144,21 +139,6 @@ class Corpus:
                 shard = int(owner[rows[0]])
                 yield shard, rows, ids[rows] - self.offsets[shard]
 
-    def _read(self, shard: int, local: Array, out: Array, rows: Array) -> None:
-        opened = self._shard(shard)
-        if opened.pixels is not None:
-            out[rows] = opened.pixels[local]
-            return
-        num_threads = min(torch.get_num_threads(), len(rows))
-        if num_threads == 1:
-            return _decode_into(opened, local, out, rows)
-        # One piece per thread: a future for each image would cost as much as a small JPEG.
-        parts = [np.arange(t, len(rows), num_threads) for t in range(num_threads)]
-        read = functools.partial(_decode_into, opened)
-        tasks = [_threads(os.getpid()).submit(read, local[p], out, rows[p]) for p in parts]
-        for task in tasks:
-            task.result()
-
     def _shard(self, i: int) -> _Shard:
         shard = self._shards.get(i)
         if shard is None:
@@ -182,32 +162,5 @@ class Corpus:
                 f"{path} cannot be read ({reason}). Delete the folder {self.path} and run ingest "
                 f"again: it makes the same images with the same ids."
             ) from None
-        labels = batch.column("label").to_numpy()
-        if self.encoding != "raw":
-            return _Shard(batch, None, labels)
-        size = self.image_size
-        values = batch.column("image").buffers()[2]
-        count = batch.num_rows * size * size * 3
-        flat = np.frombuffer(values, np.uint8, count) if count else np.empty(0, np.uint8)
-        return _Shard(batch, flat.reshape(-1, size, size, 3), labels)
-
-
-def _decode_into(shard: _Shard, local: Array, out: Array, rows: Array) -> None:
-    _, offsets, values = shard.batch.column("image").buffers()
-    starts, blobs = np.frombuffer(offsets, np.int64), np.frombuffer(values, np.uint8)
-    for at, row in zip(local.tolist(), rows.tolist(), strict=True):
-        data = blobs[starts[at] : starts[at + 1]]
-        if data[0] == 0xFF:
-            simplejpeg.decode_jpeg(data, fastdct=False, fastupsample=False, buffer=out[row])
-            continue
-        with Image.open(BytesIO(data.tobytes())) as image:
-            out[row] = np.asarray(image.convert("RGB"))
-
-
-@functools.cache
-def _threads(pid: int) -> ThreadPoolExecutor:
-    """Return this process's decoding threads; by pid, since threads do not survive a fork.
-
-    As many as torch may use: Ray sets that number from the CPUs a worker asked for.
-    """
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix=f"decode-{pid}")
+        pixels = Pixels(batch.column("image"), encoding=self.encoding, image_size=self.image_size)
+        return _Shard(batch, pixels, batch.column("label").to_numpy())
