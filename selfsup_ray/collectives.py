@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,22 +28,61 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How rows that belong together lie on the ranks: contiguous pieces in rank order."""
+
+    rows: tuple[int, ...]
+    """Rows of each rank."""
+
+    @property
+    def total(self) -> int:
+        """Rows on all ranks together."""
+        return sum(self.rows)
+
+    @property
+    def mine(self) -> int:
+        """Rows on this rank."""
+        return self.rows[rank()]
+
+    @property
+    def first(self) -> int:
+        """The place of this rank's first row among all."""
+        return sum(self.rows[: rank()])
+
+
+def shares(total: int, *, together: int = 1) -> Shares:
+    """Return how `total` rows lie on the ranks: as equal as whole multiples of `together` allow.
+
+    The larger pieces come first: 16 rows on 3 ranks are 6, 5 and 5.
+    """
+    each, more = divmod(total // together, world_size())
+    return Shares(tuple((each + (r < more)) * together for r in range(world_size())))
+
+
+def equal_shares(rows: int) -> Shares:
+    """Return the shares where every rank has as many rows as this one."""
+    return Shares((rows,) * world_size())
+
+
 class _Gather(torch.autograd.Function):
     """All-gather along dim 0; the gradient is the sum over ranks, cut to this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    def forward(ctx: Any, x: Tensor, shares: Shares) -> Tensor:
+        x, missing = x.contiguous(), max(shares.rows) - len(x)
+        if missing:  # a collective wants the same shape everywhere
+            x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+        parts = [torch.empty_like(x) for _ in shares.rows]
         dist.all_gather(parts, x)
-        ctx.rows = len(x)
-        return torch.cat(parts)
+        ctx.shares = shares
+        return torch.cat([part[:n] for part, n in zip(parts, shares.rows, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
-        return total[dist.get_rank() * ctx.rows :][: ctx.rows]
+        return total[ctx.shares.first :][: ctx.shares.mine], None
 
 
 class _AllSum(torch.autograd.Function):
@@ -61,14 +101,18 @@ class _AllSum(torch.autograd.Function):
         return total
 
 
-def gather(x: Tensor) -> Tensor:
+def gather(x: Tensor, shares: Shares | None = None) -> Tensor:
     """Return the rows of all ranks in rank order, with gradient.
 
-    x: (n, …), the same n on every rank; result (n * world_size, …). Under DDP, which averages
-    gradients over ranks, the mean over ranks of each rank's mean loss then has the gradient of
-    the global mean loss.
+    x: (n, …), n as `shares` has it, or the same on every rank; result (total, …). Under DDP, which
+    averages gradients over ranks, the mean over ranks of each rank's mean loss, weighted by its
+    rows, then has the gradient of the global mean loss.
     """
-    rows: Tensor = _Gather.apply(x) if world_size() > 1 else x
+    if world_size() == 1:
+        return x
+    shares = shares or equal_shares(len(x))
+    assert shares.mine == len(x), f"{len(x)} rows where {shares.mine} belong"
+    rows: Tensor = _Gather.apply(x, shares)
     return rows
 
 

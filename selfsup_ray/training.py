@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
@@ -20,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from selfsup_ray.artifacts import whole_file
+from selfsup_ray.batches import Batch, Batches
 from selfsup_ray.collectives import all_sum, rank, world_size
 from selfsup_ray.config import NonNegative, Positive, Resources, config
-from selfsup_ray.errors import ConfigError, TrainingError
+from selfsup_ray.errors import TrainingError
 from selfsup_ray.memory import kept
+from selfsup_ray.models.norm import group_size
 from selfsup_ray.models.weights import load_plain
-from selfsup_ray.ops.rng import permuted
 from selfsup_ray.optim import (
     CosineSchedule,
     OptimConfig,
@@ -45,9 +43,6 @@ log = logging.getLogger(__name__)
 
 MakeViews = Callable[[list[Tensor], Tensor, int], list[Tensor]]
 """(uint8 image batches (B, 3, S, S), ids (B,), epoch) -> normalised float views, same device."""
-
-Batch = tuple[list[Tensor], Tensor]
-"""Image batches, each (n, 3, S, S) uint8, and their ids (n,) int64: a rank's part of a step."""
 
 Record = dict[str, float]
 """One line of the history: step, epoch, loss, lr, images_per_s, data_wait_share, metrics."""
@@ -134,12 +129,14 @@ def fit(
     Raises ConfigError for a batch that cannot be cut, TrainingError when the loss is not finite.
     """
     device = torch.device(device)
-    batches = Batches(dataset, config, pin=device.type == "cuda")
+    together, pin = group_size(objective), device.type == "cuda"
+    batches = Batches(dataset, config, pin=pin, together=together)
+    objective.shares = batches.shares
     objective.to(device, memory_format=memory_format(config)).train()  # type: ignore[call-overload]
     optimizer = build_optimizer(config.optim, objective.trainable())
     step, history = restore(objective, optimizer, state)
     model = on_all_ranks(objective, config, device)
-    meter = Meter(config, step, history)
+    meter = Meter(config, step, history, weight=batches.weight)
     say_path(config, device)
 
     def now() -> State:
@@ -162,7 +159,7 @@ def fit(
                 with gradients_stay(model, part + 1 < config.accumulate):
                     with autocast(config, device):
                         loss, metrics = model(views, ids)
-                    (loss / config.accumulate).backward()
+                    (loss * (batches.weight / config.accumulate)).backward()
                 meter.add(loss, metrics)
             if objective.should_step():  # self-labelling skips a batch without confident images
                 optimizer.step()
@@ -186,63 +183,16 @@ def lr_at(config: TrainConfig, progress: float) -> float:
     return ratio * peak_lr(config.optim, batch_size=config.batch_size)
 
 
-class Batches:
-    """Which images this rank reads at which step, read one batch ahead by a thread."""
-
-    def __init__(self, dataset: Dataset, config: TrainConfig, *, pin: bool) -> None:
-        parts = config.accumulate * world_size()
-        if config.batch_size % parts:
-            raise ConfigError(
-                f"batch_size={config.batch_size} cannot be cut into accumulate={config.accumulate} "
-                f"x {world_size()} workers equal parts. Make it a multiple of {parts}."
-            )
-        if len(dataset) < config.batch_size:
-            raise ConfigError(
-                f"batch_size={config.batch_size} is more than the {len(dataset)} images there are. "
-                f"Choose a batch_size of at most {len(dataset)}."
-            )
-        self.dataset, self.config, self.pin = dataset, config, pin
-        self.rows = config.batch_size // parts
-        self.steps_per_epoch = len(dataset) // config.batch_size
-        self.total_steps = self.steps_per_epoch * config.epochs
-
-    def ids(self, step: int, part: int) -> np.ndarray:
-        """Return the image ids of one part of one step on this rank.
-
-        The global batch of step s is rows [s * B, (s + 1) * B) of the epoch's order; part p of it
-        is a contiguous piece, and each rank has a contiguous piece of that.
-        """
-        epoch, row = divmod(step, self.steps_per_epoch)
-        first = row * self.config.batch_size + (part * world_size() + rank()) * self.rows
-        positions = np.arange(first, first + self.rows)
-        return permuted(positions, n=len(self.dataset), seed=self.config.seed, epoch=epoch)
-
-    def read(self, number: int) -> Batch:
-        """Return (image batches, ids) of part `number` of the training, counted from its start."""
-        step, part = divmod(number, self.config.accumulate)
-        ids = self.ids(step, part)
-        images = self.dataset.batch(ids, epoch=step // self.steps_per_epoch)
-        tensors = [*images, torch.from_numpy(ids)]
-        *images, id_tensor = [x.pin_memory() for x in tensors] if self.pin else tensors
-        return images, id_tensor
-
-    def read_ahead(self, start: int, *, depth: int = 3) -> Generator[Batch, None, None]:
-        """Yield the batches from step `start` on; a thread keeps `depth` of them ready."""
-        per_step = self.config.accumulate
-        numbers = iter(range(start * per_step, self.total_steps * per_step))
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            ahead = deque(pool.submit(self.read, i) for i in islice(numbers, depth))
-            while ahead:
-                batch = ahead.popleft().result()
-                ahead.extend(pool.submit(self.read, i) for i in islice(numbers, 1))
-                yield batch
-
-
 class Meter:
-    """Losses and metrics since the last record, kept on the device until it is made."""
+    """Losses and metrics since the last record, kept on the device until it is made.
 
-    def __init__(self, config: TrainConfig, step: int, history: Sequence[Record]) -> None:
-        self.config = config
+    weight: of this rank's numbers in the mean over ranks.
+    """
+
+    def __init__(
+        self, config: TrainConfig, step: int, history: Sequence[Record], *, weight: float = 1.0
+    ) -> None:
+        self.config, self.weight = config, weight
         self.last_finite = history[-1]["loss"] if history else None
         self.names: list[str] = []
         self._restart(step)
@@ -262,7 +212,7 @@ class Meter:
         """Note loss and metrics (one number each) of one part of a step."""
         self.names = ["loss", *sorted(metrics.keys() - {"loss"})]
         values = [loss, *(metrics[name] for name in self.names[1:])]
-        self.rows.append(torch.stack([value.detach().float() for value in values]))
+        self.rows.append(torch.stack([value.detach().float() for value in values]) * self.weight)
 
     def record(self, step: int, lr: float, batches: Batches) -> Record:
         """Return the means over steps and ranks since the last record, and start anew.

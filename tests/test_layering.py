@@ -14,7 +14,7 @@ LEVELS = {
     **dict.fromkeys(["ops", "errors", "credentials", "config", "artifacts"], 0),
     "collectives": 0,
     **dict.fromkeys(["tracking", "plots", "progress", "memory", "interrupts"], 0),
-    **dict.fromkeys(["models", "data", "training", "optim"], 1),
+    **dict.fromkeys(["models", "data", "training", "batches", "optim"], 1),
     "cluster": 2,
     "stages": 3,
     **dict.fromkeys(
@@ -57,6 +57,7 @@ LEVELS = {
 SIDEWAYS = {
     ("training", "models"),  # fit runs an Objective
     ("training", "data"),  # over a Dataset
+    ("batches", "data"),  # whose images it cuts into batches
     ("models", "data"),  # an Encoder embeds image files too
     ("ops", "artifacts"),  # the type of arrays; an IndexShard reads its rows from disk
     ("ops", "errors"),  # which every module may import

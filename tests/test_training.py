@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from selfsup_ray.batches import Batches
 from selfsup_ray.config import override
 from selfsup_ray.errors import ConfigError, TrainingError
 from selfsup_ray.models.objective import Objective
 from selfsup_ray.ops.rng import permuted, uniforms
 from selfsup_ray.optim import AdamConfig, CosineSchedule, LARSConfig, SGDConfig
 from selfsup_ray.training import (
-    Batches,
     State,
     TrainConfig,
     TrainJob,

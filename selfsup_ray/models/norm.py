@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsup_ray import collectives
+from selfsup_ray.collectives import Shares
 from selfsup_ray.config import Positive, config
 from selfsup_ray.errors import ConfigError
 
@@ -122,8 +124,8 @@ class _SyncedNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, var, count = _global_statistics(x, weight.dtype)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.count, ctx.has_bias = eps, count, bias is not None
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps, ctx.has_bias = eps, bias is not None
         out = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         unbiased = var * (count / (count - 1))
         ctx.mark_non_differentiable(mean, unbiased)
@@ -131,13 +133,13 @@ class _SyncedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, weight, mean, var = ctx.saved_tensors
+        x, weight, mean, var, count = ctx.saved_tensors
         # As if mean and var were constants: dx = dy w / std, and the sums of dy xhat and of dy.
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grads[0].contiguous(memory_format=_layout(x)),
             *(x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]),
         )
-        totals = collectives.all_sum(torch.cat([dweight, dbias])) / ctx.count
+        totals = collectives.all_sum(torch.cat([dweight, dbias])) / count.repeat(2)
         scale = -weight * (var + ctx.eps).rsqrt()
         share_weight, share_bias = (totals * scale.repeat(2)).chunk(2)
         # The rest, through mean and var, is an affine function of xhat: one more fused pass.
@@ -150,19 +152,21 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def _global_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Return mean, biased variance (C,) and number of values per channel, over all ranks.
+def _global_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, biased variance and number of values per channel, each (C,), over all ranks.
 
     Ranks combine their own two-pass variances (Chan et al. 1979), since E[x^2] - E[x]^2 cancels.
     """
     zeros = torch.zeros(x.shape[1], device=x.device, dtype=dtype)
     mean, var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 1.0)
-    count = x.numel() // x.shape[1]
-    gathered = collectives.gather(torch.stack([mean, var])[None])  # (world_size, 2, C)
-    means, variances = gathered[:, 0], gathered[:, 1]
-    total_mean = means.mean(dim=0)
-    total_var = variances.mean(dim=0) + (means - total_mean).square().mean(dim=0)
-    return total_mean, total_var, count * len(gathered)
+    count = torch.full_like(mean, x.numel() // x.shape[1])  # ranks may differ by some images
+    gathered = collectives.gather(torch.stack([mean, var, count])[None])  # (world_size, 3, C)
+    means, variances, counts = gathered.unbind(dim=1)
+    total = counts.sum(dim=0)
+    shares = counts / total
+    total_mean = (shares * means).sum(dim=0)
+    total_var = (shares * (variances + (means - total_mean).square())).sum(dim=0)
+    return total_mean, total_var, total
 
 
 def set_batch_norm(module: nn.Module, mode: BatchNormMode) -> None:
@@ -178,10 +182,17 @@ def set_batch_norm(module: nn.Module, mode: BatchNormMode) -> None:
             layer.over_ranks = isinstance(mode, SyncNorm)
 
 
+def group_size(module: nn.Module) -> int:
+    """Return how many images must stay together on a rank for the batch normalisations inside."""
+    layers = (layer for layer in module.modules() if isinstance(layer, BatchNorm))
+    return math.lcm(*(layer.group_size or 1 for layer in layers))
+
+
 @torch.no_grad()
-def share_running_statistics(module: nn.Module) -> None:
+def share_running_statistics(module: nn.Module, shares: Shares | None = None) -> None:
     """Replace running statistics that ranks gathered alone by their mean over ranks.
 
+    shares: the images of each rank, which weigh its statistics; None: as many on every rank.
     Layers in evaluation mode keep theirs. Running statistics are linear in the batch statistics,
     so once per step (or later) gives the same as after every layer. Every rank must call it.
     """
@@ -194,6 +205,7 @@ def share_running_statistics(module: nn.Module) -> None:
             buffers += [layer.running_mean, layer.running_var]
     if not buffers:
         return
-    flat = collectives.all_sum(torch.cat(buffers)) / collectives.world_size()
+    images = shares or collectives.equal_shares(1)
+    flat = collectives.all_sum(torch.cat(buffers) * (images.mine / images.total))
     for buffer, values in zip(buffers, torch.split(flat, [len(b) for b in buffers]), strict=True):
         buffer.copy_(values)

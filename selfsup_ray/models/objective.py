@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfsup_ray.collectives import Shares, equal_shares
 from selfsup_ray.models.norm import share_running_statistics
 
 if TYPE_CHECKING:
@@ -25,8 +26,15 @@ class Objective(nn.Module):
 
     Everything a resumed run needs is a parameter or a buffer. Buffers are equal on all ranks after
     every `after_step`; DDP is therefore made with broadcast_buffers=False. The mean over ranks of
-    the loss, and of every metric, is the value of the global batch.
+    the loss, and of every metric, each weighted by its rank's images, is that of the global batch.
     """
+
+    shares: Shares | None = None
+    """How the images of a forward lie on the ranks; `fit` sets it. None: as many on every rank."""
+
+    def shares_of(self, n: int) -> Shares:
+        """Return how the images of a forward lie on the ranks, n of them on this one."""
+        return self.shares or equal_shares(n)
 
     def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
         """Return the loss (scalar, nats) and detached scalar metrics of this rank's images.
@@ -53,7 +61,7 @@ class Objective(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Update what follows the optimizer's step; progress in [0, 1]. Every rank calls it."""
-        share_running_statistics(self)
+        share_running_statistics(self, self.shares)
 
     def before_epoch(self, epoch: int, dataset: Dataset) -> None:
         """Prepare an epoch; called on every rank, not again when training resumes inside it."""

@@ -119,13 +119,14 @@ class SimCLR(Objective):
         out = self.head(self.backbone(torch.cat(views)))
         with full_precision(out):
             z0, z1 = unit_rows(out).chunk(2)
-            both = collectives.gather(torch.cat([z0, z1], dim=1))  # (B, 2d), one traffic
+            shares = self.shares_of(len(z0))
+            both = collectives.gather(torch.cat([z0, z1], dim=1), shares)  # (B, 2d), one traffic
             all0, all1 = both.chunk(2, dim=1)
             loss = LOSSES[self.method.loss](
                 *(z0, z1),
                 temperature=self.method.temperature,
                 contrast=(all0, all1),
-                first=collectives.rank() * len(z0),
+                first=shares.first,
             )
         metrics = {
             "loss": loss.detach(),
@@ -176,7 +177,7 @@ class MoCo(Objective):
     def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
         """Return the mean loss of this rank's queries, view 0, against their keys and the queue."""
         first, second = views
-        check_method(self.method, batch_size=len(first) * collectives.world_size())
+        check_method(self.method, batch_size=self.shares_of(len(first)).total)
         loss, metrics = self._match(first, second)
         if not self.method.symmetric:
             return loss, metrics
@@ -189,8 +190,7 @@ class MoCo(Objective):
         all_keys = self._keys(key_images)  # (B, d), in the order of the images
         if self.training:
             self._new_keys.append(all_keys)
-        first = collectives.rank() * len(out)
-        k = all_keys[first : first + len(out)]
+        k = all_keys[self.shares_of(len(out)).first :][: len(out)]
         with full_precision(out):
             q = unit_rows(out)
             loss = info_nce(q, k, self.queue, temperature=self.method.temperature)
@@ -206,13 +206,13 @@ class MoCo(Objective):
     @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
         """Return the unit keys (B, d) of all ranks' images, in the order of the images."""
+        shares = self.shares_of(len(images))
         if not isinstance(self.method.batch_norm, ShuffleNorm):
-            return collectives.gather(unit_rows(self.key_head(self.key_backbone(images))))
-        n = len(images)
-        everyone = collectives.gather(_as_network_sees(images))
+            return collectives.gather(unit_rows(self.key_head(self.key_backbone(images))), shares)
+        everyone = collectives.gather(_as_network_sees(images), shares)
         order = self._order(len(everyone))
-        mine = order[collectives.rank() * n :][:n]
-        shuffled = collectives.gather(unit_rows(self.key_head(self.key_backbone(everyone[mine]))))
+        mine = everyone[order[shares.first :][: shares.mine]]
+        shuffled = collectives.gather(unit_rows(self.key_head(self.key_backbone(mine))), shares)
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled
         return keys

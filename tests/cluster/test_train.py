@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selfsup_ray.batches import Batches
 from selfsup_ray.cluster.train import train
 from selfsup_ray.config import Resources, to_dict
 from selfsup_ray.config import build as build_config
@@ -26,7 +27,7 @@ from selfsup_ray.models.pretext import SimCLR, SimCLRConfig
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.optim import SGDConfig
 from selfsup_ray.tracking import TrackingConfig, open_run, read_records
-from selfsup_ray.training import Batches, State, TrainConfig, TrainJob, load_state
+from selfsup_ray.training import State, TrainConfig, TrainJob, load_state
 
 CONFIG = TrainConfig(
     epochs=2,
