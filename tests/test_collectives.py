@@ -19,6 +19,7 @@ from selfsup_ray.models.norm import (
     ShuffleNorm,
     SplitNorm,
     SyncNorm,
+    group_size,
     set_batch_norm,
     share_running_statistics,
 )
@@ -27,7 +28,7 @@ from selfsup_ray.models.pretext import MoCoConfig, SimCLRConfig, build_pretext
 from selfsup_ray.training import TrainConfig, on_all_ranks
 
 OnRanks = Callable[..., list[Any]]
-BATCH = 16  # global: 4 images a rank on 4 ranks
+BATCH = 16  # global: 4 images a rank on 4 ranks; 6, 5 and 5 on 3, or 8, 4 and 4 in groups of 4
 HEAD = MLPHead(hidden_dim=8, dim=8, batch_norm="hidden")
 
 
@@ -77,19 +78,22 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 MAIN = ["simclr", "moco v2, shuffle", "scan", "self-label"]
 
 
-def mine(x: Tensor) -> Tensor:
+def mine(x: Tensor, *, together: int = 1) -> Tensor:
     """This rank's rows of the global batch."""
-    n = len(x) // collectives.world_size()
-    return x[collectives.rank() * n :][:n]
+    shares = collectives.shares(len(x), together=together)
+    return x[shares.first :][: shares.mine]
 
 
-def mean_over_ranks(x: Tensor) -> Tensor:
-    return collectives.all_sum(x.detach()) / collectives.world_size()
+def mean_over_ranks(x: Tensor, weight: float = 1.0) -> Tensor:
+    return collectives.all_sum(weight * x.detach()) / collectives.world_size()
 
 
 def trained(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
     """Loss, metrics and gradient of every step, and the final state, on this rank."""
     objective = OBJECTIVES[name]().to(dtype).train()
+    together = group_size(objective)
+    objective.shares = collectives.shares(BATCH, together=together)
+    weight = objective.shares.mine * collectives.world_size() / BATCH
     model = on_all_ranks(objective, TrainConfig(epochs=1), torch.device("cpu"))
     optimizer = torch.optim.SGD([p for _, p in objective.trainable()], lr=0.05)
     history = []
@@ -98,12 +102,13 @@ def trained(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
         shape = (BATCH, 3, 12, 12)
         views = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2)]
         optimizer.zero_grad()
-        loss, metrics = model([mine(view) for view in views], mine(torch.arange(BATCH)))
-        loss.backward()
+        views = [mine(view, together=together) for view in views]
+        loss, metrics = model(views, mine(torch.arange(BATCH), together=together))
+        (loss * weight).backward()
         history.append(
             {
-                "loss": mean_over_ranks(loss),
-                "metrics": {key: mean_over_ranks(value) for key, value in metrics.items()},
+                "loss": mean_over_ranks(loss, weight),
+                "metrics": {key: mean_over_ranks(value, weight) for key, value in metrics.items()},
                 "gradient": {key: p.grad.clone() for key, p in objective.trainable()},
             }
         )
@@ -121,7 +126,7 @@ def all_trained(names: list[str], dtype: torch.dtype, steps: int) -> dict[str, A
     return {name: trained(name, dtype, steps) for name in names}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_training_does_not_depend_on_the_number_of_ranks(on_ranks: OnRanks, size: int) -> None:
     arguments = list(OBJECTIVES), torch.float64, 2
     alone = all_trained(*arguments)
@@ -202,7 +207,7 @@ def norm_results(dtype: torch.dtype, layout: torch.memory_format) -> dict[str, T
     layer = BatchNorm(3).to(torch.float32 if dtype == torch.bfloat16 else dtype)
     nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))
     set_batch_norm(layer, SyncNorm())
-    out = layer(x)
+    out = layer(x)  # 3, 3 and 2 images on three ranks
     (out * mine(target)).sum().backward()
     assert out.is_contiguous(memory_format=layout) and x.grad is not None
     statistics = torch.stack([layer.running_mean, layer.running_var])
@@ -210,14 +215,16 @@ def norm_results(dtype: torch.dtype, layout: torch.memory_format) -> dict[str, T
     return {"out": out.detach(), "x": x.grad, "weights": weights, "statistics": statistics}
 
 
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_synced_batch_norm_is_torchs_of_the_whole_batch(
-    on_ranks: OnRanks, layout: torch.memory_format
+    on_ranks: OnRanks, layout: torch.memory_format, size: int
 ) -> None:
     alone = norm_results(torch.float64, layout)
-    for rank, found in enumerate(on_ranks(norm_results, torch.float64, layout, size=2)):
-        for key in ("out", "x"):
-            torch.testing.assert_close(found[key], alone[key][rank * 4 :][:4])
+    ranks = on_ranks(norm_results, torch.float64, layout, size=size)
+    for key in ("out", "x"):
+        torch.testing.assert_close(torch.cat([found[key] for found in ranks]), alone[key])
+    for found in ranks:
         torch.testing.assert_close(found["weights"], alone["weights"])
         torch.testing.assert_close(found["statistics"], alone["statistics"])
 
@@ -260,6 +267,56 @@ def test_statistics_of_a_frozen_layer_are_not_touched_by_averaging(on_ranks: OnR
 
     for found in on_ranks(statistics, size=3):
         torch.testing.assert_close(found, torch.full((2,), 1 / 3), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("total", "together"), [(5, 1), (16, 1), (17, 1), (40, 8)])
+def test_shares_are_contiguous_and_differ_by_one_group_at_most(
+    monkeypatch: pytest.MonkeyPatch, size: int, total: int, together: int
+) -> None:
+    monkeypatch.setattr(collectives, "world_size", lambda: size)
+    found = []
+    for rank in range(size):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        shares = collectives.shares(total, together=together)
+        found += range(shares.first, shares.first + shares.mine)
+        assert shares.total == total
+    assert found == list(range(total))
+    assert all(rows % together == 0 for rows in shares.rows)
+    assert max(shares.rows) - min(shares.rows) <= together
+    assert list(shares.rows) == sorted(shares.rows, reverse=True)
+
+
+def test_gather_of_unequal_pieces_has_the_gradient_of_the_global_sum(on_ranks: OnRanks) -> None:
+    everything = torch.arange(1.0, 6.0).view(5, 1)
+
+    def gathered() -> list[Tensor]:
+        shares = collectives.shares(5)  # 2, 2 and 1 rows
+        x = mine(everything).clone().requires_grad_()
+        rows = collectives.gather(x, shares)
+        ((1 + collectives.rank()) * everything * rows.square()).sum().backward()
+        return [rows.detach(), x.grad]
+
+    ranks = on_ranks(gathered, size=3)
+    for rows, _ in ranks:
+        assert torch.equal(rows, everything)
+    gradient = torch.cat([x_grad for _, x_grad in ranks])
+    torch.testing.assert_close(gradient, (1 + 2 + 3) * 2 * everything.square())
+
+
+def test_local_statistics_of_unequal_pieces_are_weighed_by_their_images(on_ranks: OnRanks) -> None:
+    def statistics() -> Tensor:
+        layer = BatchNorm(2)
+        set_batch_norm(layer, SplitNorm(group_size=4))
+        shares = collectives.shares(24, together=4)  # 8, 8, 4 and 4
+        rows = torch.arange(48.0).view(24, 2).square()
+        layer(rows[shares.first :][: shares.mine])
+        share_running_statistics(layer, shares)
+        return torch.stack([layer.running_mean, layer.running_var])
+
+    alone = statistics()
+    for found in on_ranks(statistics, size=4):
+        torch.testing.assert_close(found, alone)
 
 
 def test_gather_and_all_sum_have_the_gradient_of_the_global_sum(on_ranks: OnRanks) -> None:

@@ -199,11 +199,11 @@ def test_parts_of_a_batch_add_up_to_the_batch():
         assert other["spread"] == pytest.approx(one["spread"], rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_train_to_the_weights_and_losses_of_one(on_ranks, accumulate):
+@pytest.mark.parametrize(("size", "accumulate"), [(2, 1), (2, 2), (3, 1), (3, 2)])
+def test_ranks_train_to_the_weights_and_losses_of_one(on_ranks, size, accumulate):
     config = dataclasses.replace(CONFIG, accumulate=accumulate)
     alone = trained(config)
-    for state in on_ranks(trained, config, size=2):
+    for state in on_ranks(trained, config, size=size):  # parts of 8 or 4 images on 3 ranks
         for key, value in alone["objective"].items():
             torch.testing.assert_close(state["objective"][key], value, rtol=1e-5, atol=1e-6)
         for one, other in zip(alone["history"], state["history"], strict=True):
@@ -215,10 +215,11 @@ def read_ids(config: TrainConfig) -> Tensor:
     return torch.stack([ids for _, ids in batches.read_ahead(0)])
 
 
-def test_every_epoch_reads_its_order_once_on_any_number_of_ranks_and_parts(on_ranks):
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_epoch_reads_its_order_once_on_any_number_of_ranks_and_parts(on_ranks, size):
     config = dataclasses.replace(CONFIG, accumulate=2)
-    ranks = on_ranks(read_ids, config, size=2)  # each (steps * 2 parts, 2 images)
-    together = torch.stack(ranks, dim=1).view(3, -1)  # part by part, rank by rank
+    ranks = on_ranks(read_ids, config, size=size)  # each (steps * 2 parts, 1 to 4 images)
+    together = torch.cat(ranks, dim=1).view(3, -1)  # part by part, rank by rank
     for epoch in range(3):
         order = permuted(np.arange(24), n=NUM_IMAGES, seed=0, epoch=epoch)
         assert together[epoch].tolist() == order.tolist()
@@ -298,6 +299,15 @@ def test_precision_and_memory_order_are_those_of_the_config():
 def test_a_batch_that_cannot_be_made_is_refused_with_both_numbers(changes, message):
     with pytest.raises(ConfigError, match=message):
         trained(override(CONFIG, changes))
+
+
+def test_a_batch_with_nothing_for_some_worker_is_refused(on_ranks):
+    def refused() -> bool:
+        with pytest.raises(ConfigError, match=r"batch_size=8 has nothing.* 3 workers.* feeds 2"):
+            Batches(Noise(), CONFIG, pin=False, together=4)
+        return True
+
+    assert all(on_ranks(refused, size=3))
 
 
 def build_job() -> tuple[Objective, Noise, object]:
