@@ -19,3 +19,7 @@ class ResourceError(UserError):
 
 class TrainingError(UserError):
     """A training diverged; names the step, the learning rate and the last finite loss."""
+
+
+class StorageError(UserError):
+    """An object store does not answer, refuses, or a copy finds no room; names the URL."""
