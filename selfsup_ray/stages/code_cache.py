@@ -6,6 +6,8 @@ two contain the code of every view. An epoch then only cuts windows: same bits, 
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -75,7 +77,7 @@ class CodeCache:
 
     def __init__(self, array: ShardedArray, *, padding: int) -> None:
         self.array, self.padding = array, padding
-        self._shards: dict[int, Array] = {}
+        self._files: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def open(cls, path: Path, *, padding: int) -> CodeCache:
@@ -95,20 +97,29 @@ class CodeCache:
 
         ids: (B,) corpus ids; windows: of the views, with this cache's padding.
         """
-        out = np.empty((len(ids), self.side, self.side, self.array.shape[-1]), np.uint8)
+        width, count = self.array.shape[3:]
+        out = np.empty((len(ids), self.side, self.side, count), np.uint8)
         owner = np.searchsorted(self.array.offsets, ids, side="right") - 1
         local = ids - self.array.offsets[owner]
+        # Read, not mapped: a page that a map touches first costs more than its copy.
+        lines = np.empty((self.side, width, count), np.uint8)
         for i, (shard, row) in enumerate(zip(owner.tolist(), local.tolist(), strict=True)):
-            top, left = int(windows.tops[i]), int(windows.lefts[i])
-            codes = self._shard(shard)[row, int(windows.flips[i])]
-            out[i] = codes[top : top + self.side, left : left + self.side]
+            file, start = self._file(shard)
+            line = (2 * row + int(windows.flips[i])) * width + int(windows.tops[i])
+            read = os.preadv(file, [lines.data], start + line * width * count)
+            assert read == lines.nbytes, f"shard {shard} of {self.array.path} is cut off"
+            out[i] = lines[:, int(windows.lefts[i]) :][:, : self.side]
         return torch.from_numpy(out)
 
-    def _shard(self, i: int) -> Array:
-        """Return shard i, mapped once: opening it takes longer than reading a window."""
-        if i not in self._shards:
-            self._shards[i] = self.array.shard(i)
-        return self._shards[i]
+    def _file(self, i: int) -> tuple[int, int]:
+        """Return shard i, opened once, as a file descriptor and the place of its first byte."""
+        if i not in self._files:
+            mapped = self.array.shard(i)
+            assert isinstance(mapped, np.memmap)
+            opened = os.open(self.array.shard_path(i), os.O_RDONLY)
+            weakref.finalize(self, os.close, opened)
+            self._files[i] = opened, mapped.offset
+        return self._files[i]
 
 
 def cache_bytes(corpus: Corpus, coding: Coding, *, padding: int) -> int:
