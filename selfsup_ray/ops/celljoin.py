@@ -28,6 +28,13 @@ _SETTLED = 65_536  # rows settled before their pages are let go
 _PROBE_CELLS = 384  # nearest cells of a cell among which its rows choose their own
 
 
+def release(rows: Array) -> None:
+    """Let go of the pages of a memory map: they stay in the page cache, not in this process."""
+    mapped = getattr(rows, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 @dataclass(frozen=True)
 class Cells:
     """Rows in cell order: the distinct rows of cell c are at the places [starts[c], ends[c]).
@@ -44,10 +51,8 @@ class Cells:
     order: Array
 
     def release(self) -> None:
-        """Let go of the pages of the map: they stay in the page cache, not in this process."""
-        mapped = getattr(self.rows, "_mmap", None)
-        if mapped is not None:
-            mapped.madvise(mmap.MADV_DONTNEED)
+        """Let go of the pages of the rows."""
+        release(self.rows)
 
     def cell_of(self, place: int) -> int:
         """Return the cell that a place belongs to."""

@@ -27,7 +27,7 @@ from selfsup_ray.artifacts import (
 )
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.errors import ArtifactError
-from selfsup_ray.ops.celljoin import Cells, join
+from selfsup_ray.ops.celljoin import Cells, join, release
 from selfsup_ray.ops.celljoin_blocks import join_blocks
 from selfsup_ray.ops.cells import CellTree, assign_cells, fit_cells
 from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
@@ -133,6 +133,8 @@ class CellJoin:
         if not self.is_small:
             path = self._path("run_rows", part)
             write_new(path, self._corpus_rows, first + order, like=self._shards[a])
+            for shard in self._shards[a:b]:  # nobody reads them again
+                release(shard)
         self._write("run_ids", part, first + order)
         self._write("run_borders", part, np.concatenate([[0], np.cumsum(counts)]))
 
