@@ -44,17 +44,21 @@ def normals(*, seed: int, epoch: int, ids: Tensor, draws: int, stream: int = 0) 
     return values.view(len(ids), 2 * pairs)[:, :draws]
 
 
-def permuted(positions: np.ndarray | Tensor, *, n: int, seed: int, epoch: int) -> np.ndarray:
+def permuted(
+    positions: np.ndarray | Tensor, *, n: int, seed: int, epoch: int, stream: int = 0
+) -> np.ndarray:
     """Return a pseudo-random permutation of 0..n-1 evaluated at positions, int64, same shape.
 
-    positions: integers in [0, n). Memory and time are O(len(positions)), so no process ever holds
-    n numbers. A Feistel network on a grid rows x columns >= n (Black and Rogaway 2002): each round
-    adds a hash of one coordinate to the other, modulo its side; results >= n go round again.
+    positions: integers in [0, n); stream separates the permutations of one epoch. Memory and time
+    are O(len(positions)), so no process ever holds n numbers. A Feistel network on a grid rows x
+    columns >= n (Black and Rogaway 2002): each round adds a hash of one coordinate to the other,
+    modulo its side; results >= n go round again.
     """
     values = np.asarray(positions).astype(np.uint64)
     assert n > 0, f"a permutation needs n > 0, got {n}"
     assert values.size == 0 or int(values.max()) < n, f"positions must be in [0, {n})"
-    keys = [_key(_PERMUTATION, seed, epoch, i) for i in range(_ROUNDS)]
+    rounds = range(stream * _ROUNDS, (stream + 1) * _ROUNDS)
+    keys = [_key(_PERMUTATION, seed, epoch, i) for i in rounds]
     # The grid has at most 2 sqrt(n) cells too many, so a second walk is rare; each walk stays on
     # one cycle of a permutation of the grid and therefore ends at a value below n.
     values = _feistel(values, n, keys)
