@@ -22,6 +22,7 @@ import yaml
 from selfsup_ray.config import flatten, parse_yaml, to_dict
 from selfsup_ray.credentials import require_no_credentials
 from selfsup_ray.errors import ArtifactError, UserError
+from selfsup_ray.storage import Copies, StoredPath, located, names_in, publish_below, stored
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -40,19 +41,24 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The file is flushed to disk before the rename, so a file that exists is complete, even after
     a power cut. Two writers of the same file do not meet: the temporary name holds the process id.
-    Raises ArtifactError when the disk is full.
+    On an object store the block ends when the whole file is there. Raises ArtifactError when the
+    disk is full, StorageError when the store does not take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    here = path.scratch if isinstance(path, StoredPath) else path
+    here.parent.mkdir(parents=True, exist_ok=True)
+    temporary = here.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         yield temporary
+        if isinstance(path, StoredPath):
+            stored(temporary, path)
+            return
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        if not _is_full(error, path.parent):
+        if not _is_full(error, here.parent):
             raise
-        raise ArtifactError(full_disk(path)) from error
+        raise ArtifactError(full_disk(here)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -129,23 +135,24 @@ class ShardedArray:
         self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
         self.dtype = np.dtype(dtype)
         self.shape: tuple[int, ...] = (int(self.offsets[-1]), *row_shape)
+        self._copies = Copies()
 
     @classmethod
     def create(
         cls, path: Path, *, shard_rows: Sequence[int], row_shape: tuple[int, ...], dtype: str
     ) -> ShardedArray:
         """Return an array whose shards are still to be written; an existing one is continued."""
-        array = cls(Path(path), shard_rows, row_shape, dtype)
+        array = cls(located(path), shard_rows, row_shape, dtype)
         manifest = {"shard_rows": list(array.shard_rows), "row_shape": list(row_shape)}
-        write_json(Path(path) / cls.MANIFEST, manifest | {"dtype": array.dtype.name})
+        write_json(located(path) / cls.MANIFEST, manifest | {"dtype": array.dtype.name})
         return array
 
     @classmethod
     def open(cls, path: Path) -> ShardedArray:
         """Return the array stored in a folder."""
-        manifest = read_json(Path(path) / cls.MANIFEST)
+        manifest = read_json(located(path) / cls.MANIFEST)
         shape = tuple(manifest["row_shape"])
-        return cls(Path(path), manifest["shard_rows"], shape, manifest["dtype"])
+        return cls(located(path), manifest["shard_rows"], shape, manifest["dtype"])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -162,6 +169,11 @@ class ShardedArray:
         """Return whether shard i is complete."""
         return self.shard_path(i).exists()
 
+    def unwritten(self) -> list[int]:
+        """Return the shards that are still to be written, found by one listing."""
+        there = names_in(self.path)
+        return [i for i in range(self.num_shards) if self.shard_path(i).name not in there]
+
     def write_shard(self, i: int, rows: Array) -> None:
         """Write shard i whole or not at all."""
         expected = (self.shard_rows[i], *self.shape[1:])
@@ -176,9 +188,10 @@ class ShardedArray:
         """
         path = self.shard_path(i)
         try:
+            file = self._copies.of(path)
             if 0 in (self.shard_rows[i], *self.shape[1:]):  # nothing to map
-                return np.load(path)  # type: ignore[no-any-return]
-            return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+                return np.load(file)  # type: ignore[no-any-return]
+            return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing. Run the stage that writes it again.") from None
         except (OSError, ValueError, EOFError) as error:
@@ -302,6 +315,7 @@ def finish(
     facts: Mapping[str, Any] | None = None,
 ) -> Done:
     """Write `out/done.json`, the last file of a stage, and return the stamp."""
+    publish_below(out)
     done = Done(stage, fingerprint(config, inputs), round(seconds, 3), dict(facts or {}))
     write_json(out / "done.json", dataclasses.asdict(done) | {"time": time.time()})
     return done
@@ -312,7 +326,7 @@ def read_done(out: Path) -> Done:
 
     Raises ArtifactError when the stage has not finished.
     """
-    path = Path(out) / "done.json"
+    path = located(out) / "done.json"
     if not path.exists():
         raise ArtifactError(f"{out} holds no finished stage. Run the stage that makes it first.")
     values = read_json(path)
@@ -321,7 +335,7 @@ def read_done(out: Path) -> Done:
 
 def read_config(out: Path) -> dict[str, Any]:
     """Return the resolved config a stage folder was made with, as plain values."""
-    path = Path(out) / "config.yaml"
+    path = located(out) / "config.yaml"
     if not path.exists():
         raise ArtifactError(f"{out} is not the folder of a stage: it has no config.yaml.")
     return dict(read_claim(path)["config"])
@@ -347,7 +361,12 @@ def read_claim(path: Path) -> dict[str, Any]:
 
 
 def require_disk(path: Path, *, size_bytes: int) -> None:
-    """Raise ArtifactError unless the disk that holds `path` has room for `size_bytes`."""
+    """Raise ArtifactError unless the disk that holds `path` has room for `size_bytes`.
+
+    An object store has room; what a node keeps of it is bounded by its cache.
+    """
+    if isinstance(path, StoredPath):
+        return
     folder = next(p for p in [path, *path.resolve().parents] if p.exists())
     free = shutil.disk_usage(folder).free
     if free < size_bytes:

@@ -27,6 +27,7 @@ from selfsup_ray.stages.reduce import ReduceConfig
 from selfsup_ray.stages.scan import ScanConfig
 from selfsup_ray.stages.selflabel import SelfLabelConfig
 from selfsup_ray.stages.whiten import WhitenConfig
+from selfsup_ray.storage import Place
 from selfsup_ray.tracking import TrackingConfig
 
 ENCODERS = ("pretext", "patches")
@@ -68,7 +69,7 @@ USES: dict[str, tuple[str, ...]] = {
 class Experiment:
     """A run: its folder and one config per stage; a stage runs when its key is present."""
 
-    out: Path
+    out: Place
     """The run folder; every stage owns the subfolder of its name."""
     seed: NonNegative = 0
     """Added to every stage's own seed, so that one key repeats a whole run with other numbers."""

@@ -28,6 +28,7 @@ from selfsup_ray.report_sections import (
     summary_section,
     training_section,
 )
+from selfsup_ray.storage import located
 
 SECTIONS = (
     clusters_section,
@@ -59,9 +60,9 @@ def write_report(run: Path) -> Path:
     Of a folder of runs the page is the table of their labelled networks. Raises ArtifactError when
     the folder holds no stage of a run.
     """
-    if is_collection(Path(run)):
-        return write_results(Path(run))
-    opened = Run.open(Path(run))
+    if is_collection(located(run)):
+        return write_results(located(run))
+    opened = Run.open(located(run))
     made = [section(opened) for section in SECTIONS]
     shown = [item for item in made if isinstance(item, Section)]
     missing = [item for item in made if isinstance(item, str)]

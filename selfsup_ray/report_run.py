@@ -22,6 +22,7 @@ from selfsup_ray.ops.rng import permuted
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph
 from selfsup_ray.stages.reduce import Reduced
+from selfsup_ray.storage import located
 from selfsup_ray.tracking import read_records
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -102,7 +103,7 @@ class Run:
 
         Raises ArtifactError when no subfolder is a stage's.
         """
-        path = Path(path)
+        path = located(path)
         found = [_stage(file.parent) for file in sorted(path.glob("*/config.yaml"))]
         stages = [stage for stage in found if stage is not None]
         if not stages:

@@ -29,6 +29,7 @@ from selfsup_ray.stages.reduce import Reduced, reduce
 from selfsup_ray.stages.scan import scan
 from selfsup_ray.stages.selflabel import self_label
 from selfsup_ray.stages.whiten import PatchSample, whiten
+from selfsup_ray.storage import located
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -82,7 +83,7 @@ def open_artifact(path: Path | str) -> Artifact:
 
     Raises ArtifactError when nothing has finished there, or something that is no stage's.
     """
-    path = Path(path)
+    path = located(path)
     stage = read_done(path).stage
     if stage not in HANDLES:
         raise ArtifactError(

@@ -10,18 +10,24 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
+import platform
 import posixpath
 import shutil
 import stat
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path, PosixPath
 from typing import IO, Annotated, Any
+from weakref import WeakSet
 
 from pydantic import AfterValidator
 
 from selfsup_ray import object_store
 from selfsup_ray.object_store import SCHEMES, Entry, Version
-from selfsup_ray.storage_cache import admit, cache_root, copy_of
+from selfsup_ray.storage_cache import admit, cache_root, copy_of, touched
+
+UPLOAD_EVERY_S = 10.0
+"""Seconds between two uploads of a file that grows, unless it is published."""
 
 
 class StoredPath(PosixPath):
@@ -192,6 +198,82 @@ def stored(temporary: Path, path: StoredPath) -> None:
     admit(temporary, path.url, object_store.upload(temporary, path.url))
 
 
+class Copies:
+    """The local files of one artifact, each as it was when this object first asked for it.
+
+    For files that never change once they are there, and are opened again and again: the store is
+    asked once. A copy that the cache dropped in between is fetched anew.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def of(self, path: Path) -> str:
+        """Return the local file of a path. Raises FileNotFoundError when the store has none."""
+        if not isinstance(path, StoredPath):
+            return os.fspath(path)
+        known = self._found.get(path.url)
+        if known is None or not touched(Path(known)):
+            known = self._found[path.url] = os.fspath(fetched(path.url))
+        return known
+
+
+_appended: WeakSet[AppendedFile] = WeakSet()
+
+
+class AppendedFile:
+    """A text file that grows line by line: appended to at once locally, uploaded now and then.
+
+    On an object store each upload replaces the whole file; another process reads the last one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] | None = None
+        self._sent_at, self._is_behind = float("-inf"), False
+        _appended.add(self)
+
+    def append(self, text: str) -> None:
+        """Add whole lines; on a store they are there UPLOAD_EVERY_S later, or after `publish`."""
+        if not isinstance(self.path, StoredPath):
+            with open(self.path, "a") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        if self._lines is None:
+            self._lines = [self.path.read_text()] if self.path.is_file() else []
+        self._lines.append(text)
+        self._is_behind = True
+        if time.monotonic() - self._sent_at > UPLOAD_EVERY_S:
+            self.publish()
+
+    def publish(self) -> None:
+        """Upload what was added since the last upload."""
+        if not self._is_behind or not isinstance(self.path, StoredPath):
+            return
+        write_object(self.path, "".join(self._lines or []))
+        self._sent_at, self._is_behind = time.monotonic(), False
+
+
+def publish_below(folder: Path) -> None:
+    """Upload what this process added to files in a folder: before a stamp says it is finished."""
+    for file in list(_appended):
+        if file.path.parent == folder:
+            file.publish()
+
+
+def write_object(path: StoredPath, text: str) -> None:
+    """Write a small text as an object."""
+    here = path.scratch.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    here.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        here.write_text(text)
+        stored(here, path)
+    finally:
+        here.unlink(missing_ok=True)
+
+
 def remove_tree(path: Path) -> None:
     """Delete a folder and all below it, locally or on the store; none is no mistake."""
     if isinstance(path, StoredPath):
@@ -206,6 +288,15 @@ def size_below(path: Path) -> int:
     if isinstance(path, StoredPath):
         return sum(entry.size_bytes for entry in path.entries(recursive=True))
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def local_beside(folder: Path) -> Path:
+    """Return a local folder that stands for one on a store: a database needs a disk."""
+    if not isinstance(folder, StoredPath):
+        return folder
+    here = cache_root() / "local" / folder.url.replace("://", "/")
+    here.mkdir(parents=True, exist_ok=True)
+    return here
 
 
 def names_in(path: Path) -> frozenset[str]:

@@ -72,11 +72,11 @@ def copy_of(url: str, version: Version) -> Path:
     """
     while True:
         path = _path(url, version)
-        if _touched(path):
+        if touched(path):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent / "lock"):  # the other workers of the node wait for one fetch
-            if _touched(path):
+            if touched(path):
                 return path
             make_room(version.size_bytes, url)
             half = path.with_name(f"{path.name}.{os.getpid()}.half")
@@ -118,10 +118,10 @@ def _place(half: Path, path: Path) -> None:
     half.chmod(0o444)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(half, path)
-    _touched(path)
+    touched(path)
 
 
-def _touched(path: Path) -> bool:
+def touched(path: Path) -> bool:
     """Mark a copy as used now; return whether it is there."""
     try:
         os.utime(path)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from selfsup_ray.cluster.tune import Dimension
 from selfsup_ray.config import NonNegative, NonNegativeFloat, Positive, PositiveFloat, config
 from selfsup_ray.report_sweep import Published
+from selfsup_ray.storage import Place
 from selfsup_ray.tracking import TrackingConfig
 
 
@@ -64,7 +65,7 @@ class SweepConfig:
 
     experiment: Path
     """YAML file of the experiment that the trials change."""
-    out: Path
+    out: Place
     """Folder of the sweep: stages, trials, Tune's state, trials.csv and best.yaml. When the file
     leaves it out: runs/sweeps/ and the name of the file."""
     until: str

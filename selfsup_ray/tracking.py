@@ -18,6 +18,7 @@ from selfsup_ray.artifacts import read_json, write_json
 from selfsup_ray.config import config, flatten, to_dict
 from selfsup_ray.credentials import masked, require_no_credentials
 from selfsup_ray.interrupts import interrupts_held
+from selfsup_ray.storage import AppendedFile, StoredPath, local_beside, located
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,6 +63,7 @@ class Tracker:
     def __init__(self, folder: Path, remote: MLflowRun | None) -> None:
         self.folder, self.remote = folder, remote
         self.path = folder / "metrics.jsonl"
+        self._file = AppendedFile(self.path)
         mend(self.path)
         earlier = read_records(self.path)
         self.values = [value for record in earlier for value in values_of(record)]
@@ -85,10 +87,8 @@ class Tracker:
             fresh += values_of({"step": step, "time": now, **new})
         if not lines:
             return
-        with open(self.path, "a") as file:  # the file first: what is only here is sent later
-            file.write("".join(line + "\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+        # The file first: what is only here is sent later.
+        self._file.append("".join(line + "\n" for line in lines))
         self.values += fresh
         if self.remote is not None:
             self.remote.send(fresh, everything=self.values)
@@ -100,6 +100,7 @@ class Tracker:
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Close the MLflow run; what it could not take so far is sent once more."""
+        self._file.publish()
         if self.remote is not None:
             self.remote.finish(status, everything=self.values)
 
@@ -131,7 +132,7 @@ def open_run(
     parent: the experiment's tracker; the run is then nested in its run and in its store.
     MLflow that cannot be reached is warned about once and caught up with later.
     """
-    folder = Path(folder)
+    folder = located(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tracking is None:
         return Tracker(folder, None)
@@ -157,7 +158,7 @@ class Store(NamedTuple):
         given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         if given:
             return cls(given, None, tracking.experiment, given)
-        place = folder.resolve().parent
+        place = local_beside(folder.resolve().parent)  # sqlite: on this machine's disk
         artifacts = (place / "mlartifacts").as_uri()
         return cls(f"sqlite:///{place / 'mlflow.db'}", artifacts, tracking.experiment, None)
 
@@ -189,7 +190,7 @@ class MLflowRun:
         self.params, self.parent = dict(params), parent
         self.unsent = folder / UNSENT
         left = read_json(self.unsent)["artifacts"] if self.unsent.exists() else []
-        self.artifacts = [path for path in map(Path, left) if path.exists()]
+        self.artifacts = [path for path in map(located, left) if path.exists()]
         self._there = set[tuple[str, int]]()
         self._opened: Opened | None = None
         self._top: MLflowRun = (
@@ -265,7 +266,7 @@ class MLflowRun:
         while self.artifacts:
             path = self.artifacts[0]
             put = client.log_artifacts if path.is_dir() else client.log_artifact
-            put(run_id, str(path))
+            put(run_id, os.fspath(path))
             self.artifacts.pop(0)
 
     def _close(self, status: Status) -> None:
@@ -391,7 +392,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def mend(path: Path) -> None:
     """Cut off the last line of a metrics.jsonl if a kill left it unfinished."""
-    if path.exists():
+    if path.exists() and not isinstance(path, StoredPath):  # an object is whole
         whole = path.read_bytes().rfind(b"\n") + 1
         if whole < path.stat().st_size:
             os.truncate(path, whole)

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "selfsup_ray"
 LEVELS = {
     **dict.fromkeys(["ops", "errors", "credentials", "config", "artifacts"], 0),
-    "collectives": 0,
+    **dict.fromkeys(["collectives", "resources"], 0),
     **dict.fromkeys(["storage", "storage_cache", "object_store"], 0),
     **dict.fromkeys(["tracking", "plots", "progress", "memory", "interrupts"], 0),
     **dict.fromkeys(["models", "data", "training", "batches", "optim"], 1),
@@ -66,6 +66,7 @@ SIDEWAYS = {
     ("batches", "data"),  # whose images it cuts into batches
     ("models", "data"),  # an Encoder embeds image files too
     ("ops", "artifacts"),  # the type of arrays; an IndexShard reads its rows from disk
+    ("ops", "storage"),  # and removes what only an interrupted run needs
     ("ops", "errors"),  # which every module may import
     ("ops", "collectives"),  # the type of a reduction and the identity, to be handed the others
 }

@@ -6,6 +6,7 @@ Without torch, so that Ray's ingest workers start quickly.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -107,7 +108,7 @@ def _binary_column(images: Array | Sequence[bytes]) -> pa.Array:
 
 def read_facts(corpus: Path, i: int) -> dict[str, str]:
     """Return the facts `write_shard` stored with shard i."""
-    with pa.memory_map(str(shard_path(corpus, i))) as file:
+    with pa.memory_map(os.fspath(shard_path(corpus, i))) as file:
         metadata = pa.ipc.open_file(file).schema.metadata or {}
     return {key.decode(): value.decode() for key, value in metadata.items()}
 

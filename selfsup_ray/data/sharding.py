@@ -28,6 +28,7 @@ from selfsup_ray.data.shard_files import (
     write_shard,
 )
 from selfsup_ray.data.sources import read_items
+from selfsup_ray.storage import names_in
 
 QUARANTINE_COLUMNS = ("source", "reason", "detail", "size_bytes")
 NOTES_COLUMNS = ("source", "note")
@@ -75,6 +76,11 @@ class ShardWriter:
     def is_written(self, unit: int) -> bool:
         """Return whether the shard is complete."""
         return shard_path(self.out, unit).exists()
+
+    def unwritten(self, num_units: int) -> list[int]:
+        """Return the units whose shards are still to be written, found by one listing."""
+        there = names_in(self.out / "shards")
+        return [i for i in range(num_units) if shard_path(self.out, i).name not in there]
 
     def facts(self, unit: int) -> ShardFacts:
         """Return the facts of a written shard."""

@@ -17,6 +17,7 @@ from selfsup_ray.models.encoder import evaluation_view, for_inference
 from selfsup_ray.models.inputs import ImageInput, Source, image_batches
 from selfsup_ray.models.objective import at_least_float32
 from selfsup_ray.models.weights import content_hash, load_part, read_description, write_weights
+from selfsup_ray.storage import located
 
 
 @config
@@ -66,7 +67,7 @@ class Clusterer:
 
         Raises ArtifactError when there is none, or when it is damaged.
         """
-        path = Path(path)
+        path = located(path)
         return cls(path, read_description(ClustererDescription, path / "clusterer.json"))
 
     @property
@@ -138,6 +139,6 @@ def save_clusterer(
         backbone=backbone.config, images=images, num_clusters=head.out_features
     )
     parts = {"backbone.": backbone, "head.": head}
-    write_weights(Path(out) / "clusterer.safetensors", parts)
-    write_json(Path(out) / "clusterer.json", to_dict(description))
-    return Clusterer(Path(out), description)
+    write_weights(located(out) / "clusterer.safetensors", parts)
+    write_json(located(out) / "clusterer.json", to_dict(description))
+    return Clusterer(located(out), description)

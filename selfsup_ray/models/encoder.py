@@ -19,6 +19,7 @@ from selfsup_ray.models.inputs import ImageInput, Source, image_batches
 from selfsup_ray.models.objective import unit_rows
 from selfsup_ray.models.weights import content_hash, load_part, read_description, write_weights
 from selfsup_ray.ops.augment import center
+from selfsup_ray.storage import located
 
 
 @config
@@ -83,7 +84,7 @@ class Encoder:
 
         Raises ArtifactError when there is none, or when it is damaged.
         """
-        path = Path(path)
+        path = located(path)
         return cls(path, read_description(EncoderDescription, path / "encoder.json"))
 
     @property
@@ -160,6 +161,6 @@ def save_encoder(
         output=output,
     )
     parts = {"backbone.": backbone} if head is None else {"backbone.": backbone, "head.": head}
-    write_weights(Path(out) / "encoder.safetensors", parts)
-    write_json(Path(out) / "encoder.json", to_dict(description))
-    return Encoder(Path(out), description)
+    write_weights(located(out) / "encoder.safetensors", parts)
+    write_json(located(out) / "encoder.json", to_dict(description))
+    return Encoder(located(out), description)

@@ -19,6 +19,7 @@ from selfsup_ray.artifacts import read_json, whole_file
 from selfsup_ray.config import build
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
+from selfsup_ray.storage import located
 
 M = TypeVar("M", bound=nn.Module)
 D = TypeVar("D")
@@ -132,7 +133,7 @@ def load_foreign(path: Path, config: ResNetConfig) -> Foreign:
     torchvision's names, also below `module.`, `encoder_q.` (MoCo), `backbone.` or `encoder.`.
     Raises ArtifactError unless every weight of the backbone is found in its shape.
     """
-    path = Path(path)
+    path = located(path)
     written = _read_foreign(path)
     names = _torchvision_names(written)
     backbone = build_backbone(config)

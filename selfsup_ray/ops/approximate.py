@@ -5,6 +5,7 @@ Only candidates come from here, by position in the piece; `ops/pieces.py` compar
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Trained:
         import faiss
 
         rotation = folder / "rotation.npy"
-        index = faiss.read_index(str(folder / "trained.index"))
+        index = faiss.read_index(os.fspath(folder / "trained.index"))
         return cls(index, np.load(rotation) if rotation.exists() else None)
 
     def rotated(self, rows: Array) -> Array:
@@ -231,8 +232,8 @@ def load_index(path: Path, *, gpu: bool) -> Any:
     import faiss
 
     if gpu:
-        return on_gpu(faiss.read_index(str(path)))
-    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        return on_gpu(faiss.read_index(os.fspath(path)))
+    return faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
 
 
 def candidates(index: Any, queries: Array, count: int, probes: Neighbors | None) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def _read(path: Path, reader: str, *arguments: Any) -> Any:
     """Return what one of faiss's readers makes of a file; its errors in one sentence."""
     faiss = _faiss(path)
     try:
-        return getattr(faiss, reader)(str(path), *arguments)
+        return getattr(faiss, reader)(os.fspath(path), *arguments)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[-160:]
         raise ArtifactError(f"{path} cannot be read by faiss (… {reason}).") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -47,6 +46,7 @@ from selfsup_ray.stages.code_cache import CodeCache, Coding, write_codes
 from selfsup_ray.stages.patch_dictionary import PatchDictionary
 from selfsup_ray.stages.patch_pictures import write_ranked
 from selfsup_ray.stages.trained import trained
+from selfsup_ray.storage import located, remove_tree
 from selfsup_ray.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class Classified:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        read_done(Path(path))
-        return cls(Path(path), read_json(Path(path) / "metrics.json"))
+        read_done(located(path))
+        return cls(located(path), read_json(located(path) / "metrics.json"))
 
     @property
     def fingerprint(self) -> str:
@@ -126,7 +126,7 @@ def classify(
     published measure, the maximum over epochs. Raises ConfigError before any work when images,
     labels and network do not go together.
     """
-    config, out, began = config or ClassifyConfig(), Path(out), time.monotonic()
+    config, out, began = config or ClassifyConfig(), located(out), time.monotonic()
     encoder = encoder if config.needs_dictionary else None
     if not corpus.has_labels:
         raise ConfigError("classify learns from labels, but no image has one. Give them to ingest.")
@@ -140,7 +140,7 @@ def classify(
         inputs["encoder"] = encoder.fingerprint
     if begin(out, stage="classify", config=config, inputs=inputs):
         log.info("classify: %s is current", out)
-        shutil.rmtree(out / "codes", ignore_errors=True)  # if a kill came just before it was
+        remove_tree(out / "codes")  # if a kill came just before it was
         return Classified.open(out)
     split.write(out)
     if config.cache_codes and not _is_trained(plan, plan.depth):
@@ -152,7 +152,7 @@ def classify(
     _track(tracker, facts, _pictures(plan))
     seconds = time.monotonic() - began
     finish(out, stage="classify", config=config, inputs=inputs, seconds=seconds, facts=facts)
-    shutil.rmtree(out / "codes", ignore_errors=True)
+    remove_tree(out / "codes")
     made = Classified.open(out)
     text = "classify: test accuracy %.4f at its best epoch, %.4f after the last, %s images, %.1f s"
     log.info(text, made.max_accuracy, made.last_accuracy, f"{len(split.test):,}", seconds)

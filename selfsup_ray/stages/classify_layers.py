@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from selfsup_ray.stages.classify_data import Split
 from selfsup_ray.stages.classify_network import DICTIONARY, WEIGHTS, NetworkPlan
 from selfsup_ray.stages.patches import PatchesConfig, make_dictionary
 from selfsup_ray.stages.whiten import WhitenConfig, whiten_maps
+from selfsup_ray.storage import remove_tree
 
 MAPS_AT_ONCE = 64
 """Images that go through the layers below at a time."""
@@ -115,7 +115,7 @@ def write_dictionary(corpus: Corpus, plan: NetworkPlan, layer: int) -> None:
     )
     made, _ = make_dictionary(sample, clustering, out=folder, stage="classify")
     _write(folder / DICTIONARY, *made.kernel)
-    shutil.rmtree(folder / "kmeans", ignore_errors=True)
+    remove_tree(folder / "kmeans")
 
 
 def _write(path: Path, kernel: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> None:

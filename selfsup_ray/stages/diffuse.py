@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ from selfsup_ray.stages.diffuse_blocks import block_results
 from selfsup_ray.stages.diffuse_results import Job, Results, save, write_results
 from selfsup_ray.stages.diffuse_rows import row_results
 from selfsup_ray.stages.graph import Graph, Labels, label_array
+from selfsup_ray.storage import located, remove_tree
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -131,7 +131,7 @@ class Diffusion:
     """Handle on a finished diffusion: the best classes of every image and their scores."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         self.predictions = ShardedArray.open(self.path / "predictions")
         self.classes = ShardedArray.open(self.path / "classes")
         self.scores = ShardedArray.open(self.path / "scores")
@@ -142,8 +142,8 @@ class Diffusion:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        read_done(Path(path))
-        return cls(Path(path))
+        read_done(located(path))
+        return cls(located(path))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def diffuse(
     class, and then the others measure the accuracy of every step, and nothing else. Results do not
     depend on workers, threads, or interruptions. Raises ConfigError when no image has a label.
     """
-    config, out, began = config or DiffuseConfig(), Path(out), time.monotonic()
+    config, out, began = config or DiffuseConfig(), located(out), time.monotonic()
     known = label_array(labels)
     _require_labels(known, len(graph))
     inputs = {"graph": graph.fingerprint, "labels": hashlib.sha256(known.tobytes()).hexdigest()}
@@ -204,7 +204,7 @@ def diffuse(
     }
     seconds = time.monotonic() - began
     finish(out, stage="diffuse", config=config, inputs=inputs, seconds=seconds, facts=facts)
-    shutil.rmtree(out / "parts", ignore_errors=True)
+    remove_tree(out / "parts")
     if tracker is not None:
         tracker.log([{"step": t, **step} for t, step in enumerate(steps)])
     _log_result(facts, seconds)

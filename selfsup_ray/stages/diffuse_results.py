@@ -173,7 +173,7 @@ def write_results(results: Results, job: Job) -> None:
     for name, (shape, dtype) in shapes.items():
         ShardedArray.create(job.out / name, shard_rows=ids.shard_rows, row_shape=shape, dtype=dtype)
     last = ShardedArray.open(job.out / "predictions")
-    missing = [i for i in range(last.num_shards) if not last.is_written(i)]
+    missing = last.unwritten()
     write = _Writer(results.best, results.rows, job)
     for _ in map_shards(write, missing, _cpus(job.resources), label="diffuse"):
         pass

@@ -7,7 +7,6 @@ float64, and added in the order of the blocks: the bits are those of the other m
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from selfsup_ray.ops.adjacency import Adjacency, has_numba
 from selfsup_ray.ops.spreading import Seeds, column_width, scales, widened
 from selfsup_ray.stages.diffuse_blocks import save_named
 from selfsup_ray.stages.diffuse_results import Job, Results, entropy_sums, prepare, save
+from selfsup_ray.storage import remove_tree
 
 COPIES = 6
 """Rows of L in a worker's memory for each of its own: with those of neighbors, and the result."""
@@ -38,7 +38,7 @@ def row_results(job: Job) -> Results:
         _each(rows.make, rows.missing(t, "sums.npy"), t, job)
         _each(rows.read, rows.missing(t, "facts.npz"), t, job)
         if t:
-            shutil.rmtree(rows.folder(t - 1) / "labels", ignore_errors=True)
+            remove_tree(rows.folder(t - 1) / "labels")
     return _together(rows)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.intrinsic_dimension import PointSet
 from selfsup_ray.stages.dimension_config import DimensionConfig
 from selfsup_ray.stages.dimension_tasks import Work, compute
+from selfsup_ray.storage import located, remove_tree
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -51,8 +51,8 @@ class PatchDimension:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        read_done(Path(path))
-        return cls(Path(path), read_json(Path(path) / "dimension.json"))
+        read_done(located(path))
+        return cls(located(path), read_json(located(path) / "dimension.json"))
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +87,7 @@ def patch_dimension(
     The numbers do not depend on the number of workers or on interruptions. Raises ConfigError when
     the images are smaller than a patch, or the points too few for the centroids.
     """
-    config, out, began = config or DimensionConfig(), Path(out), time.monotonic()
+    config, out, began = config or DimensionConfig(), located(out), time.monotonic()
     work = Work(corpus, config, out.absolute())
     _require_points(work)
     inputs = {"corpus": corpus.fingerprint}
@@ -100,7 +100,7 @@ def patch_dimension(
     _write_csv(out / "distances.csv", table)
     write_json(out / "dimension.json", table)
     for name in ("drawn", "sums", "points"):
-        shutil.rmtree(out / name, ignore_errors=True)
+        remove_tree(out / name)
     facts, seconds = _facts(work, table), time.monotonic() - began
     if tracker is not None:
         tracker.log(list(_records(table)))

@@ -144,7 +144,7 @@ def _draw(work: Work) -> None:
     sums = ShardedArray.create(
         work.out / "sums", shard_rows=[d + 1] * n, row_shape=(d,), dtype="int64"
     )
-    missing = [i for i in range(n) if not (drawn.is_written(i) and sums.is_written(i))]
+    missing = sorted({*drawn.unwritten(), *sums.unwritten()})
     _run(_draw_shard, work, missing, label="dimension: patches")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.progress import track
+from selfsup_ray.storage import located, reached, relative
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Embeddings:
     """Handle on an embeddings folder: (N, d) float32 unit rows, cut at the corpus's shards."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         done = read_done(self.path)
         self.fingerprint = done.fingerprint
         self.facts: dict[str, Any] = done.facts
@@ -52,7 +52,7 @@ class Embeddings:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        return cls(Path(path))
+        return cls(located(path))
 
     def __len__(self) -> int:
         return len(self.array)
@@ -65,7 +65,7 @@ class Embeddings:
     @property
     def corpus(self) -> Corpus:
         """The images these rows embed."""
-        return Corpus.open(self.path / self.facts["corpus"])
+        return Corpus.open(reached(self.path, self.facts["corpus"]))
 
 
 class ShardEmbedder:
@@ -119,7 +119,7 @@ def embed(
     The rows do not depend on the number of workers, on interruptions, or, beyond rounding, on
     the batch size. Shards that an interrupted run wrote are kept.
     """
-    config, out, began = config or EmbedConfig(), Path(out), time.monotonic()
+    config, out, began = config or EmbedConfig(), located(out), time.monotonic()
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder.fingerprint}
     if begin(out, stage="embed", config=config, inputs=inputs):
         log.info("embed: %s is current", out)
@@ -131,7 +131,7 @@ def embed(
     num_new = _write_missing(corpus, encoder, rows, config)
     seconds = time.monotonic() - began
     facts = {
-        "corpus": os.path.relpath(corpus.path, out),
+        "corpus": relative(corpus.path, out),
         "images": len(corpus),
         "dim": encoder.dim,
         "images_per_s": round(num_new / max(seconds, 1e-9), 1),
@@ -147,7 +147,7 @@ def _write_missing(
     corpus: Corpus, encoder: Encoder, rows: ShardedArray, config: EmbedConfig
 ) -> int:
     """Write the shards that are not there yet and return how many images they hold."""
-    missing = [i for i in range(corpus.num_shards) if not rows.is_written(i)]
+    missing = rows.unwritten()
     make = functools.partial(
         ShardEmbedder,
         corpus.path.absolute(),

@@ -44,6 +44,7 @@ from selfsup_ray.stages.scores import (
     label_free_scores,
     label_scores,
 )
+from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Evaluation:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        path = Path(path)
+        path = located(path)
         read_done(path)
         counts = path / "confusion.npy"
         confusion = np.load(counts) if counts.exists() else None
@@ -206,7 +207,7 @@ def _evaluate(
     _require_small_table(clusters, evidence)
     if out is None:
         return Evaluation(*_scores(clusters, evidence, config))
-    out, began = Path(out), time.monotonic()
+    out, began = located(out), time.monotonic()
     if begin(out, stage="evaluate", config=config, inputs=inputs):
         log.info("evaluate: %s is current", out)
         return Evaluation.open(out)

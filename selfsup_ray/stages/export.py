@@ -21,6 +21,7 @@ from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.progress import track
 from selfsup_ray.stages.diffuse import Diffusion
 from selfsup_ray.stages.patch_dictionary import FILE as DICTIONARY
+from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Exported:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        return cls(Path(path))
+        return cls(located(path))
 
     @property
     def pseudo_labels(self) -> Path | None:
@@ -115,7 +116,7 @@ def export(
     runner-up. labels.parquet, with a diffusion: id, source, label (-1: none arrived), class name,
     the label's score and its margin.
     """
-    config, out, began = config or ExportConfig(), Path(out), time.monotonic()
+    config, out, began = config or ExportConfig(), located(out), time.monotonic()
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder.fingerprint}
     if clusterer is not None:
         inputs["clusterer"] = clusterer.fingerprint

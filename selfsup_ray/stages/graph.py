@@ -29,6 +29,7 @@ from selfsup_ray.ops.neighbors import best_products, pair_similarity, recall
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.progress import track
 from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph, remove_work
+from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Graph:
     """Handle on a graph folder: k neighbors per image, best first, the image itself excluded."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         self.ids = ShardedArray.open(self.path / "ids")
         self.similarity = ShardedArray.open(self.path / "similarity")
 
@@ -96,8 +97,8 @@ class Graph:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        read_done(Path(path))
-        return cls(Path(path))
+        read_done(located(path))
+        return cls(located(path))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -164,7 +165,7 @@ def build_graph(
     Shards that an interrupted run wrote are kept. Raises ConfigError when k is not below the
     number of images or the recall is below `min_recall`.
     """
-    config, out, began = config or GraphConfig(), Path(out), time.monotonic()
+    config, out, began = config or GraphConfig(), located(out), time.monotonic()
     array = features.array
     known = None if labels is None else label_array(labels)
     _require_inputs(config.k, len(array), known)
@@ -209,11 +210,8 @@ def _search(array: ShardedArray, config: GraphConfig, out: Path) -> ShardedArray
         cell_graph(array, out, config.k, config.method, config.resources)
         return ids
     with track("graph", len(array), "images") as progress:
-        written = [
-            rows
-            for i, rows in enumerate(array.shard_rows)
-            if ids.is_written(i) and similarity.is_written(i)
-        ]
+        left = {*ids.unwritten(), *similarity.unwritten()}
+        written = [rows for i, rows in enumerate(array.shard_rows) if i not in left]
         progress.skip(sum(written))
         if len(written) < array.num_shards:
             with Search(

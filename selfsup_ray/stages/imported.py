@@ -26,6 +26,7 @@ from selfsup_ray.errors import ArtifactError
 from selfsup_ray.ops.pca import unit_rows
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Features, Graph, measure_recall
+from selfsup_ray.storage import located
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +77,15 @@ def import_features(
     Labels of HDF5 blocks come along as the array `labels` (N,). Shards that an interrupted import
     wrote are kept. Raises ArtifactError when a file does not fit or a number is not finite.
     """
-    config, out, began = config or ImportFeaturesConfig(), Path(out), time.monotonic()
-    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    config, out, began = config or ImportFeaturesConfig(), located(out), time.monotonic()
+    files = [Path(paths)] if isinstance(paths, str | Path) else [located(path) for path in paths]
     inputs = {"source": sampled_digest(files)}
     if begin(out, stage="embed", config=config, inputs=inputs):
         return Embeddings.open(out)
     n, dim = open_rows(files, dim=config.dim, num_rows=config.rows).shape
     require_disk(out, size_bytes=n * dim * 4)
     rows = _created(out / "rows", n, (dim,), "float32", config.shard_rows)
-    missing = [i for i in range(rows.num_shards) if not rows.is_written(i)]
+    missing = rows.unwritten()
     work = partial(_copy_rows, [path.absolute() for path in files], rows.path.absolute(), config)
     for _ in map_shards(work, missing, config.resources, label="import"):
         pass
@@ -146,8 +147,8 @@ def import_graph(
     gives up its last entry. What is left out is kept in `dropped`, so that the export gives the
     same bytes back. features: the unit rows of the same images; with them the recall is measured.
     """
-    config, out, began = config or ImportGraphConfig(), Path(out), time.monotonic()
-    path = Path(path)
+    config, out, began = config or ImportGraphConfig(), located(out), time.monotonic()
+    path = located(path)
     # A worker opens the files again: a memory map sent to it would be read and sent whole.
     opened = partial(
         open_graph, path.absolute(), k=config.k, similarity=similarity, columns=config.columns
@@ -189,9 +190,7 @@ def _import_lists(
         "ids": _created(out / "ids", n, (k - 1,), "int32", rows),
     }
     ids = arrays["ids"]
-    missing = [
-        i for i in range(ids.num_shards) if not all(a.is_written(i) for a in arrays.values())
-    ]
+    missing = sorted({i for array in arrays.values() for i in array.unwritten()})
     work = partial(_copy_lists, opened, out.absolute())
     for _ in map_shards(work, missing, config.resources, label="import"):
         pass

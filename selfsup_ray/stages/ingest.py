@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from selfsup_ray.data.sources import Source
 from selfsup_ray.data.tables import Columns
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.progress import LINE_EVERY_S, track
+from selfsup_ray.storage import located, remove_tree
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def ingest(
     wrote are kept; a finished corpus is not compared with its source again. Raises ArtifactError
     when nothing is found or too much of it is bad.
     """
-    config, out, began = _complete(source, config or IngestConfig()), Path(out), time.monotonic()
+    config, out, began = _complete(source, config or IngestConfig()), located(out), time.monotonic()
     inputs = _inputs(config)
     if begin(out, stage="ingest", config=config, inputs=inputs):
         log.info("ingest: %s is current", out)
@@ -239,7 +239,7 @@ def _write_shards(writer: ShardWriter, listing: Listing, config: IngestConfig) -
     Raises ArtifactError as soon as the share of bad files is certain to be above its limit.
     """
     total = _Total(0, 0, Counter(), Counter())
-    missing = [unit for unit in range(listing.num_units) if not writer.is_written(unit)]
+    missing = writer.unwritten(listing.num_units)
     with track("ingest", len(listing), "images") as progress:
         for unit in sorted(set(range(listing.num_units)) - set(missing)):
             total.add(writer.facts(unit))
@@ -318,6 +318,6 @@ def _finish_tables(
 def _tidy(out: Path) -> None:
     """Remove what a restart would have needed; after the stamp, or a kill here would lose it."""
     for folder in ("listing", "quarantine", "notes"):
-        shutil.rmtree(out / folder, ignore_errors=True)
+        remove_tree(out / folder)
     for half in (out / "shards").glob("*.tmp"):  # of a worker that was killed while writing
         half.unlink()

@@ -16,6 +16,7 @@ from selfsup_ray.artifacts import Array, ShardedArray, whole_file
 from selfsup_ray.data.published_graph import with_column, write_graph
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.stages.graph import Graph
+from selfsup_ray.storage import located
 
 Values = Literal["connectivity", "similarity", "distance"]
 Metric = Literal["cosine", "euclidean"]
@@ -126,7 +127,7 @@ def find_graph(path: Path | str) -> Graph:
 
     Raises ArtifactError when there is no finished one.
     """
-    below = Path(path) / "graph"
+    below = located(path) / "graph"
     return Graph.open(below if below.is_dir() else path)
 
 
@@ -137,7 +138,7 @@ def export_graph(graph: Graph, out: Path | str, *, format: GraphFormat) -> list[
     put back, as the file it was imported from had it, else first with similarity 1. `csr`: one .npz
     for scipy.sparse.load_npz with similarities; `distances`: the same as scikit-learn wants it.
     """
-    out = Path(out)
+    out = located(out)
     if format == "int32":
         return list(write_graph(out, _published_rows(graph), n=len(graph), k=graph.k + 1))
     from scipy.sparse import save_npz

@@ -53,6 +53,7 @@ from selfsup_ray.stages.lowshot_table import (
 )
 from selfsup_ray.stages.lowshot_units import Unit, Work, save_images
 from selfsup_ray.stages.reduce import Reduced
+from selfsup_ray.storage import located
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -73,8 +74,8 @@ class LowShot:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        read_done(Path(path))
-        return cls(Path(path), read_json(Path(path) / "table.json"))
+        read_done(located(path))
+        return cls(located(path), read_json(located(path) / "table.json"))
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +111,7 @@ def low_shot(
     test set-up's labels chooses anything. Raises ConfigError when classes, shots or background do
     not fit the images.
     """
-    out, began = Path(out), time.monotonic()
+    out, began = located(out), time.monotonic()
     known = label_array(labels)
     if len(known) != len(features.array):
         raise ConfigError(f"lowshot: {len(known):,} labels, {len(features.array):,} embeddings.")
@@ -208,7 +209,7 @@ def _require_room(
 
 def _require_same_space(features: Features, path: Path) -> None:
     """Raise ConfigError when another run's rows come from another encoder or reduction."""
-    own, other = (_origin(Path(p)) for p in (getattr(features, "path", path), path))
+    own, other = (_origin(located(p)) for p in (getattr(features, "path", path), path))
     for what in own.keys() & other.keys():
         if own[what] != other[what]:
             raise ConfigError(

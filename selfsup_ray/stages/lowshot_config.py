@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from selfsup_ray.config import (
     config,
 )
 from selfsup_ray.ops.diffusion import DiffusionOptions
+from selfsup_ray.storage import Place
 
 Method = Literal[
     "diffusion", "diffusion_background", "logistic", "knn", "fused", "fused_background"
@@ -38,7 +38,7 @@ class ClassesConfig:
     in the paper."""
     val_novel: Positive | None = None
     """The same of the novel classes; None: 300 of 611."""
-    file: Path | None = None
+    file: Place | None = None
     """A YAML or JSON file with the lists base_val, novel_val, base_test and novel_test instead:
     labels or class names; `first_class` is the number it gives to the first class (0). Or the
     published label_idx.json of ImageNet's split."""
@@ -80,9 +80,9 @@ HeldOutConfig = Annotated[HeldOutShare | HeldOutSources | HeldOutRows, Field(dis
 class FolderConfig:
     """Embeddings of other images, by the same encoder."""
 
-    path: Path
+    path: Place
     """Folder of a finished `embed` or `reduce` of another run, or of imported features."""
-    graph: Path | None = None
+    graph: Place | None = None
     """Folder of a finished kNN graph of exactly these rows; None searches them here, exactly."""
 
 

@@ -8,8 +8,6 @@ count through its blocks. A run only adds its few novel images (spec 10.3).
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from selfsup_ray.ops.neighbors import Neighbors, merge_neighbors
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph
 from selfsup_ray.stages.lowshot_config import FolderConfig
+from selfsup_ray.storage import reached, relative, remove_tree
 
 SHARD_ROWS = 65_536
 GROUP_ROWS = 262_144
@@ -130,7 +129,7 @@ def search_block(block: Block, queries: Array, *, k: int, resources: Resources) 
     """
     found = empty_lists(len(queries), k)
     with Search(block.rows, _on_cpus(resources), stage="lowshot") as search:
-        if not all(block.ids.is_written(i) for i in range(block.ids.num_shards)):
+        if block.ids.unwritten():
             _write_lists(block, search)
         for start in range(0, len(queries), _QUERIES):
             part = search.search(queries[start : start + _QUERIES], min(k, len(block.rows)))
@@ -157,9 +156,9 @@ class Pool:
     def __init__(self, path: Path) -> None:
         self.path = path
         manifest = read_json(path / "pool.json")
-        self.blocks = [ShardedArray.open(path / place) for place in manifest["rows"]]
-        self.ids = ShardedArray.open(path / manifest["ids"])
-        self.similarity = ShardedArray.open(path / manifest["similarity"])
+        self.blocks = [ShardedArray.open(reached(path, place)) for place in manifest["rows"]]
+        self.ids = ShardedArray.open(reached(path, manifest["ids"]))
+        self.similarity = ShardedArray.open(reached(path, manifest["similarity"]))
         self.width: int = manifest["width"]
         self.images: Array = np.load(path / "images.npy")
         self.classes: Array = np.load(path / "classes.npy")
@@ -208,9 +207,9 @@ def write_pool(
     save_array(path / "images.npy", np.concatenate([block.images for block in blocks]))
     save_array(path / "classes.npy", np.concatenate([block.classes for block in blocks]))
     manifest = {
-        "rows": [os.path.relpath(block.rows.path, path) for block in blocks],
-        "ids": os.path.relpath(ids.path, path),
-        "similarity": os.path.relpath(similarity.path, path),
+        "rows": [relative(block.rows.path, path) for block in blocks],
+        "ids": relative(ids.path, path),
+        "similarity": relative(similarity.path, path),
         "width": width,
     }
     write_json(path / "pool.json", manifest)
@@ -261,12 +260,12 @@ class Join:
         """Return the lists of all rows, old and new, written where they are missing."""
         flat = [rows for sizes in self.sizes for rows in sizes]
         ids, similarity = _create_lists(self.path, flat, self.width)
-        if not all(ids.is_written(i) for i in range(ids.num_shards)):
+        if ids.unwritten():
             missing = [g for g in range(len(self.groups)) if not self.partial(g).exists()]
             for _ in map_shards(self, missing, _on_cpus(resources), label="lowshot: join"):
                 pass
             self._write_new(ids, similarity)
-        shutil.rmtree(self.path / "partial", ignore_errors=True)
+        remove_tree(self.path / "partial")
         return ids, similarity
 
     def __call__(self, group: int) -> None:

@@ -16,6 +16,7 @@ from selfsup_ray.ops.whitening import (
     whitening_matrix,
 )
 from selfsup_ray.stages.whiten import PatchSample
+from selfsup_ray.storage import located
 
 Select = Literal["kmeans", "farthest", "sample"]
 FILE = "dictionary.safetensors"
@@ -60,7 +61,7 @@ class PatchDictionary:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        path = Path(folder) / FILE
+        path = located(folder) / FILE
         try:
             return cls(**load_file(path))
         except (OSError, SafetensorError, TypeError) as error:

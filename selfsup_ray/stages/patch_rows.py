@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from selfsup_ray.ops.patch_sampling import (
 from selfsup_ray.ops.pca import Moments, block_moments, merged_moments
 from selfsup_ray.stages.patch_maps import Maps
 from selfsup_ray.stages.reduce import one_blas_thread
+from selfsup_ray.storage import remove_tree
 
 ROWS = 65_536
 """Patches in one file of the sample."""
@@ -77,7 +77,7 @@ def _positions(maps: Maps, drawing: Drawing) -> int:
 def remove_rounds(out: Path) -> None:
     """Remove what `write_patches` leaves beside the sample; only once the stage has finished."""
     for path in sorted(out.glob("round*")):
-        shutil.rmtree(path)
+        remove_tree(path)
 
 
 def write_patches(maps: Maps, drawing: Drawing, out: Path) -> tuple[Moments | None, dict[str, int]]:
@@ -176,7 +176,7 @@ class _Round:
         kept = self._array("kept", rows, (), "bool")
         if self.with_moments(drawing):
             self._array("sums", [dim + 2] * len(rows), (dim,), "float64")
-        missing = [i for i in range(len(rows)) if not kept.is_written(i)]
+        missing = kept.unwritten()
         work = partial(_cut_shard, maps, drawing, self)
         for _ in map_shards(work, missing, drawing.resources, label="whiten"):
             pass
@@ -338,7 +338,7 @@ def _sample_array(out: Path, count: int, dim: int) -> ShardedArray:
 def write_noise(kind: str, dim: int, drawing: Drawing, out: Path) -> None:
     """Write `out/patches`: Gaussian or uniform noise in place of patches, (count, dim)."""
     sample = _sample_array(out, drawing.count, dim)
-    missing = [i for i in range(sample.num_shards) if not sample.is_written(i)]
+    missing = sample.unwritten()
     work = partial(_write_noise, kind, drawing.seed, sample.path.absolute())
     for _ in map_shards(work, missing, drawing.resources, label="whiten"):
         pass

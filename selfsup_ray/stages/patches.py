@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +30,7 @@ from selfsup_ray.stages.patch_dictionary import (
 )
 from selfsup_ray.stages.patch_pictures import write_pictures
 from selfsup_ray.stages.whiten import PatchSample
+from selfsup_ray.storage import located, remove_tree
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -111,12 +111,12 @@ def fit_patches(
     depend on the number of workers, nor on interruptions. Raises ConfigError when the sample has
     too few patches.
     """
-    config, out, began = config or PatchesConfig(), Path(out), time.monotonic()
+    config, out, began = config or PatchesConfig(), located(out), time.monotonic()
     require_sample(sample, config)
     inputs = {"corpus": corpus.fingerprint, "sample": sample.fingerprint}
     if begin(out, stage="patches", config=config, inputs=inputs):
         log.info("patches: %s is current", out)
-        shutil.rmtree(out / "kmeans", ignore_errors=True)
+        remove_tree(out / "kmeans")
         return Encoder.open(out)
     made, clustering = make_dictionary(sample, config, out=out)
     made.save(out)
@@ -129,7 +129,7 @@ def fit_patches(
         for picture in pictures:
             tracker.artifact(picture)
     finish(out, stage="patches", config=config, inputs=inputs, seconds=seconds, facts=facts)
-    shutil.rmtree(out / "kmeans", ignore_errors=True)
+    remove_tree(out / "kmeans")
     text = "patches: %s entries, k=%d, d=%d, %.1f s"
     log.info(text, f"{config.entries:,}", config.backbone_k, encoder.dim, seconds)
     return encoder

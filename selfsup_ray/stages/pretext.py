@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from selfsup_ray.artifacts import begin, finish
+from selfsup_ray.batches import require_cut
 from selfsup_ray.config import NonNegative, Positive, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.datasets import Images
 from selfsup_ray.data.views import ScanSimCLRViews, Views, ViewsConfig
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 from selfsup_ray.models.encoder import Encoder, save_encoder
+from selfsup_ray.models.norm import LocalNorm, images_together
 from selfsup_ray.models.pretext import (
     MoCo,
     PretextMethod,
@@ -26,6 +28,7 @@ from selfsup_ray.models.pretext import (
 from selfsup_ray.models.weights import load_foreign
 from selfsup_ray.optim import CosineSchedule, OptimConfig, ScheduleConfig, SGDConfig
 from selfsup_ray.stages.trained import image_input, last_record, trained
+from selfsup_ray.storage import Place, located
 from selfsup_ray.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class PretextConfig(TrainConfig):
     method: PretextMethod = SimCLRConfig()
     backbone: ResNetConfig = ResNetConfig()
     views: ViewsConfig = ScanSimCLRViews()
-    initial_weights: Path | None = None
+    initial_weights: Place | None = None
     """A published checkpoint to start the backbone from: torchvision, MoCo, safetensors."""
     output: Literal["backbone", "head"] = "backbone"
     """Whose unit rows `embed` writes; SCAN mines neighbors with the head's for SimCLR."""
@@ -58,6 +61,12 @@ class PretextConfig(TrainConfig):
             raise ValueError("epochs=0 needs initial_weights, or nothing has been learned")
         if self.epochs == 0 and self.output == "head":
             raise ValueError("output=head needs epochs of 1 or more: initial_weights fill no head")
+        if self.resources.is_elastic and isinstance(self.method.batch_norm, LocalNorm):
+            raise ValueError(
+                f"resources.min_workers={self.resources.fewest} lets the number of workers change, "
+                f"but with method.batch_norm.name=local the result depends on it; take another "
+                f"batch_norm (sync, split, shuffle), or leave min_workers out"
+            )
 
 
 def pretrain(
@@ -71,7 +80,7 @@ def pretrain(
 
     Raises ConfigError before any work when the batch or the queue cannot be cut as asked.
     """
-    config, out = config or PretextConfig(), Path(out)
+    config, out = config or PretextConfig(), located(out)
     inputs = {"corpus": corpus.fingerprint}
     if begin(out, stage="pretext", config=config, inputs=inputs):
         return Encoder.open(out)
@@ -79,6 +88,8 @@ def pretrain(
     if config.epochs == 0:
         return _keep_initial(corpus, config, out=out, inputs=inputs, began=began)
     check_method(config.method, batch_size=config.batch_size)
+    together = images_together(config.method.batch_norm)
+    require_cut(config, together=together, workers=config.resources.workers)
     build = partial(_build, corpus, config)
     objective, state = trained(build, config, stage="pretext", out=out, tracker=tracker)
     assert isinstance(objective, SimCLR | MoCo)

@@ -45,6 +45,7 @@ from selfsup_ray.ops.metrics import Tally
 from selfsup_ray.ops.neighbors import knn_vote, vote_accuracy
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.stages.graph import Features, Labels, label_array
+from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -100,8 +101,8 @@ class Probe:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        read_done(Path(path))
-        return cls(read_json(Path(path) / "metrics.json"), Path(path))
+        read_done(located(path))
+        return cls(read_json(located(path) / "metrics.json"), located(path))
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +147,7 @@ def probe(
     labels: (N,), -1 is unknown. Raises ConfigError when fewer than two classes are known or a
     part of the split is empty.
     """
-    config, out, began = config or ProbeConfig(), Path(out), time.monotonic()
+    config, out, began = config or ProbeConfig(), located(out), time.monotonic()
     known = label_array(labels)
     split = split_labelled(known, config)
     _require_labels(known, split, len(features.array))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +42,7 @@ from selfsup_ray.ops.pca import (
 )
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.stages.graph import Features
+from selfsup_ray.storage import Place, located, reached, relative, remove_tree
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -72,7 +71,7 @@ class ReduceConfig:
     """Each component is divided by its variance to this power; 0 keeps, 0.5 equals them all."""
     rotate: bool = False
     """Turn the result at random, so that every dimension carries about the same variance."""
-    transform: Path | None = None
+    transform: Place | None = None
     """A map that is applied in place of a fitted one: the folder of another `reduce`, or a linear
     transform of faiss (.vt); of the fields above only `dim` then counts."""
     seed: NonNegative = 0
@@ -96,7 +95,7 @@ class Reduced:
     """Handle on a reduced folder: (N, dim) float32 unit rows, cut as the embeddings are."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         done = read_done(self.path)
         self.fingerprint = done.fingerprint
         self.facts: dict[str, Any] = done.facts
@@ -108,7 +107,7 @@ class Reduced:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        return cls(Path(path))
+        return cls(located(path))
 
     def __len__(self) -> int:
         return len(self.array)
@@ -126,7 +125,7 @@ class Reduced:
     @property
     def corpus(self) -> Corpus:
         """The images these rows describe."""
-        return Corpus.open(self.path / self.facts["corpus"])
+        return Corpus.open(reached(self.path, self.facts["corpus"]))
 
 
 def reduce(
@@ -141,7 +140,7 @@ def reduce(
     The rows do not depend on the number of workers or threads, nor on interruptions. Raises
     ConfigError when `dim` is above d or there are fewer than two rows.
     """
-    config, out, began = config or ReduceConfig(), Path(out), time.monotonic()
+    config, out, began = config or ReduceConfig(), located(out), time.monotonic()
     array = features.array
     _require_inputs(config, array)
     given = None if config.transform is None else _given_map(config, config.transform, array, out)
@@ -155,7 +154,7 @@ def reduce(
     rows = ShardedArray.create(
         out / "rows", shard_rows=array.shard_rows, row_shape=(config.dim,), dtype="float32"
     )
-    missing = [i for i in range(rows.num_shards) if not rows.is_written(i)]
+    missing = rows.unwritten()
     work = partial(_reduce_shard, array.path.absolute(), out.absolute(), _threads(config))
     for _ in map_shards(work, missing, config.resources, label="reduce"):
         pass
@@ -241,7 +240,7 @@ def _fit(array: ShardedArray, config: ReduceConfig, out: Path) -> None:
     stored = ShardedArray.create(
         out / "moments", shard_rows=[d + 1] * len(counts), row_shape=(d,), dtype="float64"
     )
-    missing = [i for i in range(len(counts)) if not stored.is_written(i)]
+    missing = stored.unwritten()
     work = partial(_write_moments, array.path.absolute(), stored.path.absolute(), config)
     for _ in map_shards(work, missing, config.resources, label="reduce: fit"):
         pass
@@ -252,7 +251,7 @@ def _fit(array: ShardedArray, config: ReduceConfig, out: Path) -> None:
         rotation = random_rotation(config.dim, seed=config.seed) if config.rotate else None
         made = projection(pca, whiten_power=config.whiten_power, rotation=rotation)
     _write_transform(out, made, pca)
-    shutil.rmtree(stored.path)
+    remove_tree(stored.path)
 
 
 def sampled_ids(n: int, config: ReduceConfig) -> Array:
@@ -340,5 +339,5 @@ def _facts(features: Features, out: Path) -> dict[str, Any]:
         facts["explained_variance_by_component"] = [float(f"{share:.6g}") for share in shares]
     path, known = getattr(features, "path", None), getattr(features, "facts", {})
     if path is not None and "corpus" in known:
-        facts["corpus"] = os.path.relpath(Path(path) / known["corpus"], out)
+        facts["corpus"] = relative(reached(located(path), known["corpus"]), out)
     return facts

@@ -21,6 +21,7 @@ from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.optim import AdamConfig, ConstantSchedule, OptimConfig, ScheduleConfig
 from selfsup_ray.stages.graph import Graph
 from selfsup_ray.stages.trained import image_input, last_record, predict, trained
+from selfsup_ray.storage import located
 from selfsup_ray.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def scan(
 
     Raises ConfigError when more neighbors are asked for than the graph holds.
     """
-    out = Path(out)
+    out = located(out)
     inputs = {
         "corpus": corpus.fingerprint,
         "encoder": encoder.fingerprint,

@@ -19,6 +19,7 @@ from selfsup_ray.models.clusterer import Clusterer, save_clusterer
 from selfsup_ray.models.clustering import SelfLabel
 from selfsup_ray.optim import AdamConfig, ConstantSchedule, OptimConfig, ScheduleConfig
 from selfsup_ray.stages.trained import image_input, last_record, predict, trained
+from selfsup_ray.storage import located
 from selfsup_ray.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def self_label(
     tracker: Tracker | None = None,
 ) -> Clusterer:
     """Return sharpened clusters (SCAN, section 2.3); no labels are read, the last epoch is kept."""
-    config, out = config or SelfLabelConfig(), Path(out)
+    config, out = config or SelfLabelConfig(), located(out)
     inputs = {"corpus": corpus.fingerprint, "clusterer": clusterer.fingerprint}
     if begin(out, stage="selflabel", config=config, inputs=inputs):
         return Clusterer.open(out)

@@ -81,11 +81,7 @@ def predict(corpus: Corpus, clusterer: Clusterer, *, resources: Resources) -> No
     assignments = ShardedArray.create(
         where / "assignments", shard_rows=rows, row_shape=(), dtype="int32"
     )
-    missing = [
-        i
-        for i in range(corpus.num_shards)
-        if not (probabilities.is_written(i) and assignments.is_written(i))
-    ]
+    missing = sorted({*probabilities.unwritten(), *assignments.unwritten()})
     device = "cuda" if resources.gpus > 0 else "cpu"
     make = partial(_Predictor, corpus, clusterer, probabilities, assignments, device)
     with track(f"{where.name}: predict", len(corpus), "images") as progress:

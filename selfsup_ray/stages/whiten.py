@@ -44,6 +44,7 @@ from selfsup_ray.stages.patch_rows import (
     write_patches,
 )
 from selfsup_ray.stages.reduce import one_blas_thread
+from selfsup_ray.storage import located
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -105,7 +106,7 @@ class PatchSample:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = located(path)
         done = read_done(self.path)
         self.fingerprint = done.fingerprint
         self.facts: dict[str, Any] = done.facts
@@ -118,7 +119,7 @@ class PatchSample:
 
         Raises ArtifactError when the stage has not finished there.
         """
-        return cls(Path(path))
+        return cls(located(path))
 
     def __len__(self) -> int:
         return len(self.array)
@@ -196,7 +197,7 @@ def whiten_maps(
     inputs: fingerprint of what the maps come from, by name. Levels of uint8 maps are scaled by
     `pixel_scale`, floats are taken as they are; `only` and `without` are the maps' own business.
     """
-    out, began = Path(out).absolute(), time.monotonic()
+    out, began = located(out).absolute(), time.monotonic()
     drawing = _drawing(config)
     if config.source == "images":
         require_positions(maps, drawing)
