@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ class Corpus:
 
     def _open_shard(self, i: int) -> _Shard:
         path = shard_path(self.path, i)
-        with self._damage_named(path), pa.memory_map(str(path)) as file:
+        with self._damage_named(path), pa.memory_map(os.fspath(path)) as file:
             shard = pa.ipc.open_file(file)  # the map outlives the closed file
             # Before any value is read: other column types may run code when they are.
             if not shard.schema.equals(SCHEMA):
