@@ -72,6 +72,11 @@ class Resources:
     gpus: NonNegativeFloat = 0
     """GPUs of each worker."""
 
+    @property
+    def fewest(self) -> int:
+        """Workers that there must be room for."""
+        return self.workers
+
 
 def build(cls: type[C], values: Mapping[str, Any], *, prefix: str = "") -> C:
     """Return a validated `cls` made from nested plain values.

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from selfsup_ray.artifacts import whole_file
 from selfsup_ray.batches import Batch, Batches
 from selfsup_ray.collectives import all_sum, rank, world_size
-from selfsup_ray.config import NonNegative, Positive, Resources, config
+from selfsup_ray.config import NonNegative, Positive, config
 from selfsup_ray.errors import TrainingError
 from selfsup_ray.memory import kept
 from selfsup_ray.models.norm import group_size
@@ -34,6 +34,7 @@ from selfsup_ray.optim import (
     peak_lr,
     set_lr,
 )
+from selfsup_ray.resources import AnyResources, TrainResources
 
 if TYPE_CHECKING:
     from selfsup_ray.data.datasets import Dataset
@@ -82,9 +83,10 @@ class TrainConfig:
     checkpoint_every: Positive = 200
     """Steps between two checkpoints."""
     max_failures: NonNegative = 3
-    """Lost workers to recover from before the training is given up."""
+    """Failures in a row, without a checkpoint between them, to recover from: of workers, of nodes,
+    of the code. One more, and the training is given up."""
     seed: NonNegative = 0
-    resources: Resources = Resources()
+    resources: AnyResources = TrainResources()
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def stream_actors(
     """Yield (shard, work(shard)), with one `work = make()` in each actor of a Ray Data pool.
 
     For work that loads something first, such as an encoder. Otherwise as `stream_tasks`; an actor
-    that dies is made anew and its shard done again. Raises ResourceError when the pool does not
-    fit.
+    that dies is made anew and its shard done again. Raises ResourceError when `resources.fewest`
+    actors do not fit; with more room there are more.
     """
     if resources.workers == 0:
         work = make()
@@ -72,12 +72,13 @@ def stream_actors(
 
     connect(None)
     require_resources(resources, stage=stage)
+    fewest, most = (min(n, len(shards)) for n in (resources.fewest, resources.workers))
     with _settings():
         rows = _rows(len(shards)).map_batches(
             _ActorWork,
             fn_constructor_args=(make, shards),
             batch_size=None,
-            compute=ActorPoolStrategy(size=min(resources.workers, len(shards))),
+            compute=ActorPoolStrategy(min_size=fewest, max_size=most),
             **_each(resources),
         )
         yield from _results(rows)

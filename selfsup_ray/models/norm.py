@@ -54,17 +54,28 @@ BatchNormMode = Annotated[
 ]
 
 
+def refuse_shuffle(mode: BatchNormMode, *, method: str) -> None:
+    """Raise ValueError for a mode that only makes sense for keys."""
+    if isinstance(mode, ShuffleNorm):
+        raise ValueError(
+            f"batch_norm.name=shuffle is for moco; {method} takes batch_norm.name=sync, split, local"
+        )
+
+
 class BatchNorm(_BatchNorm):
     """Batch normalisation over every axis but 1, of (B, C) or (B, C, H, W).
 
     In one process, modes `local` and `sync` are exactly F.batch_norm. Parameters and buffers have
-    torch's names.
+    torch's names. Without offset there is no bias; without affine neither scale nor bias.
     """
 
-    def __init__(self, num_features: int, *, offset: bool = True) -> None:
+    def __init__(self, num_features: int, *, offset: bool = True, affine: bool = True) -> None:
         super().__init__(num_features)
-        if not offset:
+        if not (offset and affine):
             self.register_parameter("bias", None)
+        if not affine:
+            del self.weight
+            self.register_buffer("weight", torch.ones(num_features), persistent=False)
         self.group_size: int | None = None
         self.over_ranks = False
 
@@ -169,21 +180,22 @@ def _global_statistics(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return total_mean, total_var, total
 
 
+def images_together(mode: BatchNormMode) -> int:
+    """Return how many images must stay on one rank: it normalises them as a group."""
+    return mode.group_size if isinstance(mode, SplitNorm | ShuffleNorm) else 1
+
+
 def set_batch_norm(module: nn.Module, mode: BatchNormMode) -> None:
     """Set the mode of every batch normalisation inside a module."""
-    match mode:
-        case SplitNorm(group_size=group_size) | ShuffleNorm(group_size=group_size):
-            groups: int | None = group_size
-        case _:
-            groups = None
+    together = images_together(mode)
     for layer in module.modules():
         if isinstance(layer, BatchNorm):
-            layer.group_size = groups
+            layer.group_size = together if isinstance(mode, SplitNorm | ShuffleNorm) else None
             layer.over_ranks = isinstance(mode, SyncNorm)
 
 
 def group_size(module: nn.Module) -> int:
-    """Return how many images must stay together on a rank for the batch normalisations inside."""
+    """Return how many images must stay on one rank for the batch normalisations inside."""
     layers = (layer for layer in module.modules() if isinstance(layer, BatchNorm))
     return math.lcm(*(layer.group_size or 1 for layer in layers))
 
