@@ -16,6 +16,7 @@ from selfsup_ray.artifacts import FULL, full_disk
 from selfsup_ray.config import parse_assignment
 from selfsup_ray.errors import ConfigError, UserError
 from selfsup_ray.stages import STAGES
+from selfsup_ray.storage import located
 
 Commands = Any  # argparse keeps the type of its subparsers to itself
 
@@ -94,12 +95,25 @@ def _add_run(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    """selfsup-ray plan EXPERIMENT.yaml [key=value …] [--json]"""
+    """selfsup-ray plan EXPERIMENT.yaml [key=value …] [--address ADDR | --cluster FILE] [--json]"""
     command = commands.add_parser(
         "plan", help="show which stages would run and why, with memory, disk and time of each"
     )
     _add_experiment(command)
     _add_selection(command)
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--address", metavar="ADDR", help="plan for this Ray cluster, e.g. auto")
+    where.add_argument(
+        "--cluster", type=Path, metavar="CLUSTER.yaml", help="plan for what `ray up` would start"
+    )
+    command.add_argument(
+        "--price",
+        action="append",
+        default=[],
+        type=assignment,
+        metavar="TYPE=DOLLARS",
+        help="an hour of a node or machine type, where it is not the list price",
+    )
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
     command.set_defaults(call=_plan)
 
@@ -120,7 +134,7 @@ def _add_report(commands: Commands) -> None:
     command = commands.add_parser(
         "report", help="write report.html of a run folder again, or the table of a folder of runs"
     )
-    command.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    command.add_argument("run", type=located, metavar="RUN_FOLDER")
     command.set_defaults(call=_report)
 
 
@@ -225,7 +239,12 @@ def _plan(options: argparse.Namespace) -> None:
     from selfsup_ray import planning
 
     made = planning.plan(
-        options.experiment, dict(options.changes), only=options.only, until=options.until
+        options.experiment,
+        dict(options.changes),
+        only=options.only,
+        until=options.until,
+        cluster=planning.cluster_of(options.address, options.cluster),
+        prices=planning.checked_prices(dict(options.price)),
     )
     print(made.json() if options.json else made.text())
 

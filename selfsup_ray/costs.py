@@ -12,7 +12,7 @@ from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds, view_
 from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
-from selfsup_ray.models.pretext import MoCoConfig
+from selfsup_ray.models.pretext import BYOLConfig, InsDisConfig, MoCoConfig, SimCLRConfig
 from selfsup_ray.ops.spreading import spread_bytes
 from selfsup_ray.tracking import read_records
 from selfsup_ray.training import TrainConfig
@@ -48,16 +48,24 @@ class Cost:
     assumes: str = ""
 
 
-def cost(experiment: Experiment, stage: str, num_images: int | None, folder: Path) -> Cost:
+def cost(
+    experiment: Experiment,
+    stage: str,
+    num_images: int | None,
+    folder: Path,
+    *,
+    cpus: float | None = None,
+) -> Cost:
     """Return what a stage of an experiment costs for num_images images (None: not known yet).
 
-    A rate that an interrupted run left in `folder` is used in place of an assumption.
+    A rate that an interrupted run left in `folder` is used in place of an assumption. cpus: what
+    there is for a stage that takes all it gets; None: those of this machine.
     """
     if num_images is None:
         return Cost(assumes="the number of images is not known before ingest")
     match stage:
         case "ingest":
-            return _ingest(experiment, num_images)
+            return _ingest(experiment, num_images, cpus or os.cpu_count() or 1)
         case "pretext" | "scan" | "selflabel":
             return _training(experiment, stage, num_images, folder)
         case "whiten":
@@ -100,13 +108,13 @@ def _classify(e: Experiment, n: int) -> Cost:
     )
 
 
-def _ingest(e: Experiment, n: int) -> Cost:
+def _ingest(e: Experiment, n: int, there: float) -> Cost:
     assert e.ingest is not None
     side, encoding = e.ingest.image_size, e.ingest.encoding
     stored = side * side * 3 * {"raw": 1.0, "png": 0.7, "jpeg": 0.15}[encoding]
     ask = e.ingest.resources
     # `workers` is an upper bound here: 32 by default, fewer where there are fewer CPUs.
-    cpus = min(max(ask.workers, 1) * ask.cpus, os.cpu_count() or 1)
+    cpus = min(max(ask.workers, 1) * ask.cpus, there)
     return Cost(
         memory_bytes=int(2 * e.ingest.shard_size * side * side * 3) + WORKER_BYTES,
         disk_bytes=int(n * (stored + ROW_BYTES)),
@@ -133,11 +141,7 @@ def _described(e: Experiment, stage: str) -> _Training:
     match stage:
         case "pretext":
             assert e.pretext is not None
-            moco = isinstance(e.pretext.method, MoCoConfig)
-            both = moco and e.pretext.method.symmetric  # type: ignore[union-attr]
-            passes = (8 if both else 4) if moco else 6
-            copies = 4 if moco else 3
-            return _Training(e.pretext, e.pretext.views, passes, 1 if moco else 2, copies)
+            return _pretext(e.pretext)
         case "scan":
             assert e.scan is not None
             frozen = e.scan.freeze_backbone
@@ -147,12 +151,24 @@ def _described(e: Experiment, stage: str) -> _Training:
             return _Training(e.selflabel, e.selflabel.views, 4, 1, 4, num_views=1)
 
 
+def _pretext(made: PretextConfig) -> _Training:
+    match made.method:
+        case SimCLRConfig():
+            return _Training(made, made.views, passes=6, kept=2, copies=3)
+        case MoCoConfig(symmetric=symmetric):
+            return _Training(made, made.views, passes=8 if symmetric else 4, kept=1, copies=4)
+        case BYOLConfig():
+            return _Training(made, made.views, passes=8, kept=2, copies=4)
+        case InsDisConfig():
+            return _Training(made, made.views, passes=3, kept=1, copies=3, num_views=1)
+
+
 def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     assert e.ingest is not None
     made = _described(e, stage)
     if made.config.epochs == 0:
         return Cost(memory_bytes=WORKER_BYTES, assumes="initial_weights are kept as they are")
-    side, backbone = made.views.size or e.ingest.image_size, _backbone(e)
+    side, backbone = made.views.size or e.ingest.image_size, backbone_of(e)
     net, bfloat16 = network(backbone, side), made.config.precision == "bfloat16"
     ask, batch = made.config.resources, made.config.batch_size
     per_worker = batch / max(ask.workers, 1) / made.config.accumulate
@@ -210,7 +226,7 @@ def _dimension(e: Experiment, n: int) -> Cost:
     )
 
 
-def _backbone(e: Experiment) -> BackboneConfig:
+def backbone_of(e: Experiment) -> BackboneConfig:
     """Return the backbone of the experiment's encoder."""
     if e.pretext is not None:
         return e.pretext.backbone
@@ -259,9 +275,9 @@ def _patches(e: Experiment) -> Cost:
 def _embed(e: Experiment, n: int) -> Cost:
     assert e.ingest is not None and e.embed is not None
     side = (e.pretext.views.size if e.pretext else None) or e.ingest.image_size
-    net, batch = network(_backbone(e), side), e.embed.batch_size
+    net, batch = network(backbone_of(e), side), e.embed.batch_size
     seconds, note = network_seconds(
-        _backbone(e),
+        backbone_of(e),
         side,
         passes=1,
         resources=e.embed.resources,
@@ -278,7 +294,7 @@ def _embed(e: Experiment, n: int) -> Cost:
 
 def _reduce(e: Experiment, n: int) -> Cost:
     assert e.reduce is not None
-    ask, d = e.reduce.resources, _backbone(e).dim
+    ask, d = e.reduce.resources, backbone_of(e).dim
     m = min(e.reduce.sample, n)
     threads = max(1, int(ask.cpus))
     # Moments in float64 run at half the speed of the products in float32.
@@ -293,7 +309,7 @@ def _reduce(e: Experiment, n: int) -> Cost:
 
 def _graph(e: Experiment, n: int) -> Cost:
     assert e.graph is not None
-    ask, dim = e.graph.resources, _searched_dim(e)
+    ask, dim = e.graph.resources, searched_dim(e)
     made = graph_cost(e.graph.method, n=n, dim=dim, k=e.graph.k, resources=ask)
     return Cost(
         memory_bytes=WORKER_BYTES + made.memory_bytes,
@@ -303,9 +319,9 @@ def _graph(e: Experiment, n: int) -> Cost:
     )
 
 
-def _searched_dim(e: Experiment) -> int:
+def searched_dim(e: Experiment) -> int:
     """Return the width of the rows that the graph is built on, at most."""
-    dim = _backbone(e).dim
+    dim = backbone_of(e).dim
     return dim if e.reduce is None else min(dim, e.reduce.dim)
 
 
@@ -325,7 +341,7 @@ def _diffuse(e: Experiment, n: int) -> Cost:
 
 
 def _probe(e: Experiment, n: int) -> Cost:
-    dim = _backbone(e).dim
+    dim = backbone_of(e).dim
     return Cost(
         memory_bytes=WORKER_BYTES + n * dim * 4,
         disk_bytes=1_000_000,
@@ -335,7 +351,7 @@ def _probe(e: Experiment, n: int) -> Cost:
 
 def _lowshot(e: Experiment, n: int) -> Cost:
     assert e.lowshot is not None
-    made, dim = e.lowshot, _searched_dim(e)
+    made, dim = e.lowshot, searched_dim(e)
     ask = made.resources
     # Both set-ups search their own images once: about half of the pairs each.
     seconds = 2.0 * n * n * dim / (SEARCH_FLOPS * ask.cpus * max(ask.workers, 1))

@@ -15,15 +15,12 @@ from selfsup_ray.artifacts import read_json, write_text
 from selfsup_ray.config import load, to_dict
 from selfsup_ray.credentials import masked
 from selfsup_ray.experiment import Experiment, seeded
-from selfsup_ray.planning import plan_experiment, require_room
+from selfsup_ray.planning import UP_TO, plan_experiment, require_room
 from selfsup_ray.report import write_report
 from selfsup_ray.steps import run_stage
 from selfsup_ray.tracking import UNSENT, Store, Tracker, open_run
 
 log = logging.getLogger(__name__)
-
-UP_TO = {"ingest"}
-"""Stages whose `workers` are an upper bound; those of all others must fit at once."""
 
 
 @dataclass(frozen=True)

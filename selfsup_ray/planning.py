@@ -5,27 +5,41 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from io import StringIO
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from selfsup_ray.artifacts import Progress, progress, require_disk
+from selfsup_ray.cluster.placement import Cluster, cluster_file, live_cluster
 from selfsup_ray.config import Resources, load
 from selfsup_ray.costs import Cost, cost
+from selfsup_ray.costs_counts import Counts, counts
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.sources import Source
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
 from selfsup_ray.ops.patch_sampling import num_positions
+from selfsup_ray.planning_cluster import (
+    Placed,
+    cluster_text,
+    counts_table,
+    placed,
+    prices_of,
+    totals_text,
+    where_table,
+)
+from selfsup_ray.planning_text import drawn, size
 from selfsup_ray.progress import clock
 from selfsup_ray.steps import Folders, open_artifact
+from selfsup_ray.storage import size_below
 
 COUNTING_S = 10.0
 """Seconds that counting the images of a source may take."""
+
+UP_TO = {"ingest"}
+"""Stages whose `workers` are an upper bound; those of all others must fit at once."""
 
 State = Literal["current", "run", "continue", "left out"]
 
@@ -39,6 +53,10 @@ class Step:
     why: str
     resources: Resources
     cost: Cost
+    counts: Counts | None = None
+    """What it asks of Ray; None where that is not known beforehand, or nothing is to be done."""
+    placed: Placed | None = None
+    """Where it runs, when a cluster was given."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,9 @@ class Plan:
     out: Path
     num_images: int | None
     steps: tuple[Step, ...]
+    cluster: Cluster | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """Dollars an hour of the cluster's nodes, by type."""
 
     @property
     def to_run(self) -> tuple[str, ...]:
@@ -71,7 +92,21 @@ class Plan:
         notes = [f"  {s.stage}: {s.cost.assumes}" for s in self.steps if s.cost.assumes]
         if notes:
             lines += ["", "The figures assume (memory is a worker's peak):", *notes]
-        return "\n".join(lines)
+        return "\n".join(lines + self._on_cluster())
+
+    def _on_cluster(self) -> list[str]:
+        """Return the lines about the cluster; none without one."""
+        rows = {s.stage: (s.placed, s.cost) for s in self.steps if s.placed is not None}
+        if self.cluster is None or not rows:
+            return []
+        found = {s.stage: s.counts for s in self.steps if s.placed is not None}
+        warnings = [f"  {text}" for made, _ in rows.values() for text in made.warnings]
+        return [
+            *("", cluster_text(self.cluster), "", where_table(rows, self.cluster)),
+            totals_text(rows, self.cluster, self.prices),
+            *(["", "Look at:", *warnings] if warnings else []),
+            *("", "What the stages ask of Ray:", counts_table(found)),
+        ]
 
     def _totals(self) -> str:
         left = [step.cost for step in self.steps if step.stage in self.to_run]
@@ -89,32 +124,90 @@ def plan(
     *,
     only: Sequence[str] | None = None,
     until: str | None = None,
+    cluster: Cluster | None = None,
+    prices: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Return what `run` with the same arguments would do; nothing is written or started."""
+    """Return what `run` with the same arguments would do; nothing is written or started.
+
+    cluster: where, from `cluster_file` or `live_cluster`; prices: dollars an hour of its node or
+    machine types, besides the list prices.
+    """
     experiment = seeded(load(Experiment, path, changes))
-    return plan_experiment(experiment, only=only, until=until)
+    return plan_experiment(experiment, only=only, until=until, cluster=cluster, prices=prices)
 
 
 def plan_experiment(
-    experiment: Experiment, *, only: Sequence[str] | None = None, until: str | None = None
+    experiment: Experiment,
+    *,
+    only: Sequence[str] | None = None,
+    until: str | None = None,
+    cluster: Cluster | None = None,
+    prices: Mapping[str, float] | None = None,
 ) -> Plan:
     """Return what running a seeded experiment would do, with the cost of each stage.
 
-    Raises ConfigError for stages it does not have, and ArtifactError when a folder was made with
-    another config or from another input, or when an input of a selected stage is missing.
+    Raises ConfigError for stages it does not have, ArtifactError when a folder was made with
+    another config or from another input, or when an input of a selected stage is missing, and
+    ResourceError when the cluster can never hold the workers of a stage.
     """
     chosen = selected(experiment, only=only, until=until)
     states = stage_states(experiment, experiment.folder, chosen)
     n = count_images(experiment)
-    steps = []
+    known = {} if cluster is None else prices_of(cluster, prices or {})
     if n is not None:
         _require_enough(experiment, n)
-    for stage, (state, why) in states.items():
-        config = getattr(experiment, stage)
-        will_run = state in ("run", "continue")
-        made = cost(experiment, stage, n, experiment.folder(stage)) if will_run else Cost()
-        steps.append(Step(stage, state, why, config.resources, made))
-    return Plan(experiment.out, n, tuple(steps))
+    steps = [
+        _step(experiment, stage, state, why, n, cluster, known)
+        if state in ("run", "continue")
+        else Step(stage, state, why, getattr(experiment, stage).resources, Cost())
+        for stage, (state, why) in states.items()
+    ]
+    return Plan(experiment.out, n, tuple(steps), cluster, known)
+
+
+def _step(
+    experiment: Experiment,
+    stage: str,
+    state: State,
+    why: str,
+    n: int | None,
+    cluster: Cluster | None,
+    prices: Mapping[str, float],
+) -> Step:
+    """Return a stage that would run, with its figures."""
+    asked: Resources = getattr(experiment, stage).resources
+    cpus = None if cluster is None else cluster.slots(asked) * asked.cpus
+    made = cost(experiment, stage, n, experiment.folder(stage), cpus=cpus)
+    if cluster is None:
+        return Step(stage, state, why, asked, made)
+    found = counts(experiment, stage, n)
+    where = placed(
+        stage,
+        asked,
+        cost=made,
+        counts=found,
+        cluster=cluster,
+        prices=prices,
+        at_most=stage in UP_TO,
+    )
+    return Step(stage, state, why, asked, made, found, where)
+
+
+def cluster_of(address: str | None, file: Path | None) -> Cluster | None:
+    """Return the cluster at an address or in a launcher's file; None when neither is given."""
+    if file is not None:
+        return cluster_file(file)
+    return None if address is None else live_cluster(address)
+
+
+def checked_prices(given: Mapping[str, Any]) -> dict[str, float]:
+    """Return prices as numbers. Raises ConfigError for one that is none."""
+    for name, price in given.items():
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < 1e6:
+            raise ConfigError(
+                f"--price {name}={price}: a price is dollars an hour, e.g. {name}=1.61."
+            )
+    return {name: float(price) for name, price in given.items()}
 
 
 def selected(
@@ -241,24 +334,8 @@ def require_room(plan: Plan) -> None:
     What an interrupted stage has written already is not asked for again.
     """
     asked = {step.stage: step.cost.disk_bytes or 0 for step in plan.steps}
-    wanted = sum(max(0, asked[name] - _written(plan.out / name)) for name in plan.to_run)
+    wanted = sum(max(0, asked[name] - size_below(plan.out / name)) for name in plan.to_run)
     require_disk(plan.out, size_bytes=wanted)
-
-
-def _written(folder: Path) -> int:
-    """Return the bytes of all files in a folder; 0 when there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def size(num_bytes: int | None) -> str:
-    """Return bytes as people write them: 12 MB, 3.4 GB; "" when unknown."""
-    if num_bytes is None:
-        return ""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            value = num_bytes / scale
-            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
-    return f"{num_bytes} B"
 
 
 def _row(step: Step) -> tuple[str, ...]:
@@ -270,12 +347,3 @@ def _row(step: Step) -> tuple[str, ...]:
     seconds = "" if made.seconds is None else clock(made.seconds)
     figures = (size(made.memory_bytes), size(made.disk_bytes), seconds)
     return step.stage, step.state, step.why, workers, *figures
-
-
-def drawn(table: Table) -> str:
-    """Return a rich table as plain text."""
-    console = Console(file=StringIO(), width=110, color_system=None)
-    console.print(table)
-    file = console.file
-    assert isinstance(file, StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())

@@ -21,7 +21,7 @@ from selfsup_ray.cluster.tune import Search, Trial, search
 from selfsup_ray.config import Resources, build, changed, load, override, read_yaml, to_dict
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
-from selfsup_ray.planning import drawn
+from selfsup_ray.planning_text import drawn
 from selfsup_ray.progress import clock
 from selfsup_ray.report_sweep import StageCost, write_sweep_report
 from selfsup_ray.sweep_config import SweepConfig

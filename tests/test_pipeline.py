@@ -19,7 +19,8 @@ from selfsup_ray.models.backbones import ResNetConfig
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.pipeline import Result, run, run_experiment
-from selfsup_ray.planning import Plan, Step, plan, plan_experiment, require_room, size
+from selfsup_ray.planning import Plan, Step, plan, plan_experiment, require_room
+from selfsup_ray.planning_text import size
 from selfsup_ray.stages.diffuse import Diffusion
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.evaluate import Evaluation

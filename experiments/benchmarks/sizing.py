@@ -17,7 +17,7 @@ from unittest.mock import patch
 from selfsup_ray.config import build
 from selfsup_ray.costs import Cost, cost
 from selfsup_ray.experiment import Experiment
-from selfsup_ray.planning import size
+from selfsup_ray.planning_text import size
 from selfsup_ray.progress import clock
 
 PAGE = Path(__file__).parents[2] / "docs" / "sizing.md"

@@ -304,17 +304,29 @@ class Search:
 
     def _block_rows(self, k: int) -> int:
         """Return how many queries are asked at once, so that all calls in flight stay bounded."""
-        size = 4 * self.array.shape[1] + 12 * k * max(len(part) for part in self.replicas or [[0]])
-        if self.files is not None:
-            size += 12 * self.files.num_probes
-        flight = _FLIGHT_BYTES // (_IN_FLIGHT * max(1, len(self.replicas)))
-        return max(32, min(_QUERY_ROWS, flight // size))
+        return block_rows(
+            k,
+            dim=self.array.shape[1],
+            actors=max(len(part) for part in self.replicas or [[0]]),
+            replicas=max(1, len(self.replicas)),
+            probes=None if self.files is None else self.files.num_probes,
+        )
 
     def _blocks(self, asking: ShardedArray, i: int, k: int) -> list[tuple[int, int]]:
         """Return the row ranges shard i's queries are asked in."""
         start, stop = int(asking.offsets[i]), int(asking.offsets[i + 1])
         step = self._block_rows(k)
         return [(a, min(a + step, stop)) for a in range(start, stop, step)]
+
+
+def block_rows(k: int, *, dim: int, actors: int, replicas: int, probes: int | None) -> int:
+    """Return how many queries (n, dim) are asked for k neighbors at once.
+
+    actors: of one replica. probes: cells that a query looks into; None for exact search.
+    """
+    size = 4 * dim + 12 * k * actors + 12 * (probes or 0)
+    flight = _FLIGHT_BYTES // (_IN_FLIGHT * replicas)
+    return max(32, min(_QUERY_ROWS, flight // size))
 
 
 def merge_block(

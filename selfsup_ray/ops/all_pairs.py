@@ -7,7 +7,6 @@ step reads files and writes a file whole; the lists are exact, so the cuts do no
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +35,7 @@ from selfsup_ray.ops.exact_graph import (
 )
 from selfsup_ray.ops.index import EqualRows, finite_norms, group_by_hash, row_hashes
 from selfsup_ray.ops.neighbors import Neighbors, drop_self
+from selfsup_ray.storage import remove_tree
 
 GROUP_BYTES = 300 * 2**20
 """Memory of one group's rows and candidates while it is joined; two are in memory at once."""
@@ -170,7 +170,7 @@ class AllPairs:
     def remove(self) -> None:
         """Delete the files between; the lists are written."""
         _group_rows.cache_clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
 
     def _gather(self, lists: list[list[Array]], places: Array) -> Neighbors:
         """Return the lists of distinct rows at these places."""
@@ -228,12 +228,18 @@ def run_settles(pairs: AllPairs, groups: list[int], threads: int) -> None:
 
 
 def _cuts(n: int, dim: int, k: int, parts: int) -> list[int]:
-    """Return where groups of n rows begin: few, but enough pairs of them for every worker."""
+    """Return where groups of n rows begin."""
+    num = num_groups(n, dim, k, parts)
+    return [i * n // num for i in range(num + 1)]
+
+
+def num_groups(n: int, dim: int, k: int, parts: int) -> int:
+    """Return how many groups n rows are cut into: few, but enough pairs of them for every part."""
     row_bytes = 6 * dim + 8 * (3 * k + 35)
     num = -(-n * row_bytes // GROUP_BYTES)
     while parts > 1 and num * (num + 1) < 6 * parts and n // (num + 1) >= 4096:
         num += 1
-    return [i * n // num for i in range(num + 1)]
+    return num
 
 
 @lru_cache(maxsize=2)
