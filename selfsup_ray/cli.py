@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_sweep(commands)
     _add_report(commands)
+    _add_weights(commands)
     _add_import_features(commands)
     _add_import_graph(commands)
     _add_export_graph(commands)
@@ -188,6 +189,15 @@ def _add_export_graph(commands: Commands) -> None:
     command.set_defaults(call=_export_graph)
 
 
+def _add_weights(commands: Commands) -> None:
+    """selfsup-ray weights CHECKPOINT"""
+    command = commands.add_parser(
+        "weights", help="say which ResNet a checkpoint holds, where, and how to embed with it"
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    command.set_defaults(call=_weights)
+
+
 def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers", type=int, default=0, metavar="W", help="Ray workers; 0: this process"
@@ -253,6 +263,12 @@ def _sweep(options: argparse.Namespace) -> None:
     from selfsup_ray import sweeping
 
     print(sweeping.sweep(options.sweep, dict(options.changes), address=options.address).text())
+
+
+def _weights(options: argparse.Namespace) -> None:
+    from selfsup_ray.models.weights import inspect_foreign
+
+    print(inspect_foreign(options.checkpoint))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,16 +18,19 @@ from selfsup_ray.artifacts import read_json, whole_file
 from selfsup_ray.config import build
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
+from selfsup_ray.models.checkpoint_keys import (
+    BODY,
+    Place,
+    described,
+    grouped,
+    networks,
+    preferred,
+    tables,
+)
 from selfsup_ray.storage import located
 
 M = TypeVar("M", bound=nn.Module)
 D = TypeVar("D")
-
-# Where checkpoints keep the network we want; the first that holds a `conv1.weight` wins.
-PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
-# Wrappers that may stand before any of these: DataParallel, torch.compile, Lightning.
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
-BODY = re.compile(r"^(conv1|bn1|layer\d+)\.")
 
 
 def write_weights(path: Path, parts: Mapping[str, nn.Module]) -> None:
@@ -124,52 +126,112 @@ class Foreign:
     backbone: Backbone
     unused: tuple[str, ...]
     """Keys of the checkpoint, as written there; heads, key networks and queues as a rule."""
+    place: Place
+    others: tuple[Place, ...]
+    """Further networks in the checkpoint, such as MoCo's key encoder."""
+
+    def text(self) -> str:
+        """Return which keys were taken and which were not, in a sentence or two."""
+        shape = self.backbone.config
+        assert isinstance(shape, ResNetConfig), "a checkpoint fills a ResNet"
+        text = (
+            f"all {len(self.backbone.state_dict())} weights of a {shape.name} (stem={shape.stem}, "
+            f"width={shape.width}) found at {self.place}; {len(self.unused)} keys left out"
+        )
+        return (
+            f"{text}: {', '.join(grouped(self.unused, self.others))}."
+            if self.unused
+            else f"{text}."
+        )
 
 
 def load_foreign(path: Path, config: ResNetConfig) -> Foreign:
     """Return a backbone with the weights of a checkpoint that something else has written.
 
     Read are .safetensors and torch files (loaded as plain tensors: no code in them can run), with
-    torchvision's names, also below `module.`, `encoder_q.` (MoCo), `backbone.` or `encoder.`.
+    torchvision's names below any prefix, or a Sequential of its parts: see `checkpoint_keys`.
     Raises ArtifactError unless every weight of the backbone is found in its shape.
     """
     path = located(path)
-    written = _read_foreign(path)
-    names = _torchvision_names(written)
+    table, place, others = _network_in(path)
     backbone = build_backbone(config)
     own = backbone.state_dict()
     # A key like layer3.5.conv1.weight too many tells of a deeper network, not of a head.
-    given = {name: written[key] for key, name in names.items() if name in own or BODY.match(name)}
+    given = {n: table[key] for key, n in place.names.items() if n in own or BODY.match(n)}
     # Checkpoints from before torch 0.4.1 have no batch counters; nothing here reads them.
     given = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | given
     problems = key_problems(own, given)
     if problems:
+        has = ", ".join(f"{key}: {value}" for key, value in described(table, place.names).items())
         raise ArtifactError(
             f"{path} does not hold a {config.name} with stem={config.stem}, width={config.width}: "
-            f"{problems}. Its keys are {_some(sorted(written))}."
+            f"{problems}. At {place} it has {{{has}}}: set `backbone` to that if you can."
         )
     backbone.load_state_dict(given)
-    return Foreign(backbone, tuple(key for key in written if names.get(key) not in own))
+    unused = tuple(key for key in table if place.names.get(key) not in own)
+    return Foreign(backbone, unused, place, others)
 
 
-def _torchvision_names(keys: Iterable[str]) -> dict[str, str]:
-    """Return, for the keys of the network we want, the names torchvision has for them."""
-    bare = {key: WRAPPERS.sub("", key) for key in keys}
-    prefix = next((p for p in PREFIXES if f"{p}conv1.weight" in bare.values()), "")
-    return {
-        # Small-image ResNets often call the downsampling `shortcut`.
-        key: name.removeprefix(prefix).replace(".shortcut.", ".downsample.")
-        for key, name in bare.items()
-        if name.startswith(prefix)
-    }
+def inspect_foreign(path: Path) -> str:
+    """Return what a checkpoint holds, in lines: the network, how to ask for it, and what is over.
+
+    Raises ArtifactError when there is no ResNet in it.
+    """
+    table, place, others = _network_in(located(path))
+    found = described(table, place.names)
+    known = [name for name in place.names.values() if BODY.match(name)]
+    over = grouped([key for key, n in place.names.items() if not BODY.match(n)], ())
+    over += grouped([key for key in table if key not in place.names], others)
+    stem = " (or stl: the same weights)" if found["stem"] == "cifar" else ""
+    lines = [
+        f"{path}: {found['name']}, {len(known)} keys at {place}",
+        f"keys left out: {', '.join(over) or 'none'}",
+        *(f"another network: {other}" for other in others),
+        "to embed images with it, no training:",
+        f"  pretext: {{initial_weights: {path}, epochs: 0, "
+        f"backbone: {{{', '.join(f'{key}: {value}' for key, value in found.items())}}}}}{stem}",
+    ]
+    return "\n".join(lines)
 
 
-def _read_foreign(path: Path) -> dict[str, Tensor]:
+def _network_in(path: Path) -> tuple[Mapping[str, Tensor], Place, tuple[Place, ...]]:
+    """Return the tensors of the table with the network to take, its place, and further networks."""
+    by_name = _read_foreign(path)
+    found = preferred(place for name, table in by_name.items() for place in networks(name, table))
+    if not found:
+        keys = sorted(key for table in by_name.values() for key in table)
+        raise ArtifactError(f"{path} holds no ResNet that can be read: {_why_none(keys)}.")
+    first, *others = found
+    return by_name[first.table], first, tuple(others)
+
+
+def _why_none(keys: list[str]) -> str:
+    stage = next((key for key in keys if key.endswith("layer1.0.conv1.weight")), None)
+    if stage is not None:
+        prefix = stage.removesuffix("layer1.0.conv1.weight")
+        stem = [key for key in keys if key.startswith(f"{prefix}conv1")]
+        has = f"there is {_some(stem)}, a stem of several layers" if stem else "there is none"
+        return f"beside `{stage}` belongs a single `{prefix}conv1.weight`, but {has}"
+    early = next((key for key in keys if key.endswith("2.0.bn1.weight")), None)
+    if early is not None:
+        return f"`{early}` without a normalisation after the first layer is a pre-activation ResNet"
+    return f"no key ends in `layer1.0.conv1.weight`; there are {_some(keys)}"
+
+
+def _read_foreign(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Return every table of tensors in a file, by its place."""
     if path.suffix == ".safetensors":
-        return read_weights(path)
+        return {"": read_weights(path)}
     wanted = "Give a checkpoint that holds tensors only, or convert it to .safetensors."
     loaded = load_plain(path, do=wanted)
-    return _tensors_in(loaded, path)
+    if not isinstance(loaded, Mapping):
+        raise ArtifactError(f"{path} holds a {type(loaded).__name__}, not weights by name.")
+    found = dict(tables(loaded))
+    if not found:
+        raise ArtifactError(
+            f"{path} holds no tensors by name, only {_some(sorted(map(str, loaded)))}."
+        )
+    return found
 
 
 def load_plain(path: Path, *, do: str) -> Any:
@@ -182,15 +244,3 @@ def load_plain(path: Path, *, do: str) -> Any:
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise ArtifactError(f"{path} cannot be loaded as plain tensors ({reason}). {do}") from None
-
-
-def _tensors_in(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for name in ("state_dict", "model", "model_state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
-            loaded = loaded[name]
-    if not isinstance(loaded, Mapping):
-        raise ArtifactError(f"{path} holds a {type(loaded).__name__}, not weights by name.")
-    tensors = {str(key): x for key, x in loaded.items() if isinstance(x, Tensor)}
-    if not tensors:
-        raise ArtifactError(f"{path} holds no tensors by name, only {_some(sorted(loaded))}.")
-    return tensors

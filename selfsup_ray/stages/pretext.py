@@ -1,4 +1,4 @@
-"""The stage `pretext`: an encoder learned from the images alone, by SimCLR or MoCo."""
+"""The stage `pretext`: an encoder learned from images alone, by SimCLR, MoCo, BYOL or InsDis."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 from selfsup_ray.models.encoder import Encoder, save_encoder
 from selfsup_ray.models.norm import LocalNorm, images_together
 from selfsup_ray.models.pretext import (
-    MoCo,
     PretextMethod,
-    SimCLR,
+    Pretraining,
     SimCLRConfig,
     build_pretext,
     check_method,
@@ -47,7 +46,8 @@ class PretextConfig(TrainConfig):
     backbone: ResNetConfig = ResNetConfig()
     views: ViewsConfig = ScanSimCLRViews()
     initial_weights: Place | None = None
-    """A published checkpoint to start the backbone from: torchvision, MoCo, safetensors."""
+    """A published checkpoint to start the backbone from: MoCo, SimCLR, BYOL, DINO, SeLa,
+    torchvision, timm, .safetensors; `selfsup-ray weights FILE` says what one holds."""
     output: Literal["backbone", "head"] = "backbone"
     """Whose unit rows `embed` writes; SCAN mines neighbors with the head's for SimCLR."""
     epochs: NonNegative = 500
@@ -92,7 +92,7 @@ def pretrain(
     require_cut(config, together=together, workers=config.resources.workers)
     build = partial(_build, corpus, config)
     objective, state = trained(build, config, stage="pretext", out=out, tracker=tracker)
-    assert isinstance(objective, SimCLR | MoCo)
+    assert isinstance(objective, Pretraining)
     save_encoder(
         out,
         backbone=objective.encoder(),
@@ -109,8 +109,13 @@ def pretrain(
 
 def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Images, MakeViews]:
     backbone = _initial_backbone(config)
-    objective = build_pretext(config.method, backbone, seed=config.seed)
-    views = Views(config.views, image_size=corpus.image_size, seed=config.seed)
+    objective = build_pretext(config.method, backbone, num_images=len(corpus), seed=config.seed)
+    views = Views(
+        config.views,
+        image_size=corpus.image_size,
+        seed=config.seed,
+        num_views=objective.num_views,
+    )
     return objective, Images(corpus), views
 
 
@@ -118,13 +123,7 @@ def _initial_backbone(config: PretextConfig) -> Backbone:
     if config.initial_weights is None:
         return build_backbone(config.backbone, seed=config.seed)
     foreign = load_foreign(config.initial_weights, config.backbone)
-    if foreign.unused:
-        log.info(
-            "pretext: %d keys of %s are not the backbone's and were left out: %s",
-            len(foreign.unused),
-            config.initial_weights,
-            ", ".join(foreign.unused),
-        )
+    log.info("pretext: %s: %s", config.initial_weights, foreign.text())
     return foreign.backbone
 
 
