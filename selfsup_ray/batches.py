@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selfsup_ray.collectives import shares, world_size
+from selfsup_ray.data.stream import Stream
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.rng import permuted
 
@@ -60,35 +61,47 @@ class Batches:
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
 
-    def ids(self, step: int, part: int) -> np.ndarray:
-        """Return the image ids of one part of one step on this rank.
+    def positions(self, step: int, part: int) -> tuple[int, np.ndarray]:
+        """Return the epoch, and what this rank reads of one part of one step, as places in it.
 
         The global batch of step s is rows [s * B, (s + 1) * B) of the epoch's order; part p of it
         is a contiguous piece, and each rank has a contiguous piece of that.
         """
         epoch, row = divmod(step, self.steps_per_epoch)
         first = row * self.config.batch_size + part * self.part_size + self.shares.first
-        positions = np.arange(first, first + self.shares.mine)
+        return epoch, np.arange(first, first + self.shares.mine)
+
+    def ids(self, step: int, part: int) -> np.ndarray:
+        """Return the image ids of one part of one step on this rank."""
+        epoch, positions = self.positions(step, part)
+        if isinstance(self.dataset, Stream):
+            return self.dataset.order.ids(positions, epoch=epoch)
         return permuted(positions, n=len(self.dataset), seed=self.config.seed, epoch=epoch)
 
-    def read(self, number: int) -> Batch:
-        """Return (image batches, ids) of part `number` of the training, counted from its start."""
-        step, part = divmod(number, self.config.accumulate)
-        ids = self.ids(step, part)
-        images = self.dataset.batch(ids, epoch=step // self.steps_per_epoch)
+    def read(self, start: int) -> Generator[Batch, None, None]:
+        """Yield (image batches, ids) of every part of every step from `start` on."""
+        steps, parts = range(start, self.total_steps), range(self.config.accumulate)
+        if isinstance(self.dataset, Stream):
+            wanted = (self.positions(step, part) for step in steps for part in parts)
+            with closing(self.dataset.batches(wanted)) as read:
+                yield from (self._ready([images], ids) for images, ids in read)
+            return
+        for step, part in ((step, part) for step in steps for part in parts):
+            ids = self.ids(step, part)
+            yield self._ready(self.dataset.batch(ids, epoch=step // self.steps_per_epoch), ids)
+
+    def _ready(self, images: list[Tensor], ids: np.ndarray) -> Batch:
         tensors = [*images, torch.from_numpy(ids)]
         *images, id_tensor = [x.pin_memory() for x in tensors] if self.pin else tensors
         return images, id_tensor
 
     def read_ahead(self, start: int, *, depth: int = 3) -> Generator[Batch, None, None]:
         """Yield the batches from step `start` on; a thread keeps `depth` of them ready."""
-        per_step = self.config.accumulate
-        numbers = iter(range(start * per_step, self.total_steps * per_step))
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-            ahead = deque(pool.submit(self.read, i) for i in islice(numbers, depth))
-            while ahead:
-                batch = ahead.popleft().result()
-                ahead.extend(pool.submit(self.read, i) for i in islice(numbers, 1))
+        batches = self.read(start)
+        with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+            ahead = deque(pool.submit(next, batches, None) for _ in range(depth))
+            while (batch := ahead.popleft().result()) is not None:
+                ahead.append(pool.submit(next, batches, None))
                 yield batch
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ from torch import Tensor
 
 from selfsup_ray.artifacts import Array, read_done, read_json
 from selfsup_ray.data.pixels import Pixels
-from selfsup_ray.data.shard_files import SCHEMA, Encoding, shard_path
-from selfsup_ray.data.shard_ranges import remote_images
-from selfsup_ray.errors import ArtifactError
-from selfsup_ray.storage import StoredPath, located
+from selfsup_ray.data.shard_files import Encoding, damage_named, open_shard, shard_path
+from selfsup_ray.storage import located
 
 MAX_OPEN_SHARDS = 16_384  # Linux allows about 65,000 memory maps per process
 
@@ -120,19 +116,6 @@ class Corpus:
         shard, _, local = next(self._by_shard(self._checked(np.array([id]))))
         return bytes(self._shard(shard).batch.column("image")[int(local[0])].as_py())
 
-    def stored(self, first: int, count: int) -> pa.LargeBinaryArray:
-        """Return images [first, first + count), all of one shard, as they are stored.
-
-        From an object store just these are read, and nothing is kept on this node.
-        """
-        shard = int(np.searchsorted(self.offsets, first, side="right")) - 1
-        local, path = first - int(self.offsets[shard]), shard_path(self.path, shard)
-        assert local + count <= self.shard_rows[shard], f"{first} + {count} is beyond its shard"
-        if not isinstance(path, StoredPath):
-            return self._shard(shard).batch.column("image").slice(local, count)
-        with self._damage_named(path):
-            return remote_images(path.url, local, count, version=self.fingerprint)
-
     def digests(self, i: int) -> Array:
         """Return the digests of shard i's original files: (n, 16) uint8."""
         column = self._shard(i).batch.column("digest")
@@ -166,22 +149,7 @@ class Corpus:
 
     def _open_shard(self, i: int) -> _Shard:
         path = shard_path(self.path, i)
-        with self._damage_named(path), pa.memory_map(os.fspath(path)) as file:
-            shard = pa.ipc.open_file(file)  # the map outlives the closed file
-            # Before any value is read: other column types may run code when they are.
-            if not shard.schema.equals(SCHEMA):
-                raise pa.ArrowInvalid(f"its columns are not {', '.join(SCHEMA.names)}")
-            batch = shard.get_batch(0)
+        with damage_named(path):
+            batch = open_shard(path)
         pixels = Pixels(batch.column("image"), encoding=self.encoding, image_size=self.image_size)
         return _Shard(batch, pixels, batch.column("label").to_numpy())
-
-    @contextmanager
-    def _damage_named(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(
-                f"{path} cannot be read ({reason}). Delete the folder {self.path} and run ingest "
-                f"again: it makes the same images with the same ids."
-            ) from None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from selfsup_ray.artifacts import Array, whole_file, write_json
+from selfsup_ray.errors import ArtifactError
 
 Encoding = Literal["raw", "jpeg", "png"]
 
@@ -104,6 +106,29 @@ def _binary_column(images: Array | Sequence[bytes]) -> pa.Array:
     # From the buffer itself: one copy of a shard in memory, not two.
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(images))]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)
+
+
+def open_shard(path: Path) -> pa.RecordBatch:
+    """Return a shard, or its copy on this node, as a memory map. Raises OSError or pa.ArrowInvalid."""
+    with pa.memory_map(os.fspath(path)) as file:  # the map outlives the closed file
+        shard = pa.ipc.open_file(file)
+        # Before any value is read: other column types may run code when they are.
+        if not shard.schema.equals(SCHEMA):
+            raise pa.ArrowInvalid(f"its columns are not {', '.join(SCHEMA.names)}")
+        return shard.get_batch(0)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Raise ArtifactError when the block finds that a shard cannot be read."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"{path} cannot be read ({reason}). Delete the folder {path.parent.parent} and run "
+            f"ingest again: it makes the same images with the same ids."
+        ) from None
 
 
 def read_facts(corpus: Path, i: int) -> dict[str, str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from selfsup_ray.artifacts import Array
-from selfsup_ray.data.shard_files import SCHEMA
+from selfsup_ray.data.shard_files import SCHEMA, damage_named, open_shard, shard_path
 from selfsup_ray.object_store import filesystem, place, retried
+from selfsup_ray.storage import StoredPath
 
 HEAD_BYTES = 64 * 1024
 """First read of an object: both headers, and the offsets of some thousand images."""
@@ -32,12 +34,43 @@ class Layout:
     """The first bytes of the file."""
 
 
+@dataclass(frozen=True)
+class StoredImages:
+    """The images of a corpus as they are stored, by ranges of ids; picklable, and without torch.
+
+    version: of the corpus; what is known about the layout of a remote shard is kept for it.
+    """
+
+    folder: Path
+    offsets: Array
+    """(shards + 1,): the id each shard starts with."""
+    version: str
+
+    def read(self, first: int, count: int) -> pa.LargeBinaryArray:
+        """Return images [first, first + count), all of one shard.
+
+        Local ones are a memory map; of a remote shard just these are read, and nothing is kept on
+        this node. Raises ArtifactError for a damaged shard, StorageError when the store is away.
+        """
+        shard = int(np.searchsorted(self.offsets, first, side="right")) - 1
+        local, path = first - int(self.offsets[shard]), shard_path(self.folder, shard)
+        assert first + count <= self.offsets[shard + 1], f"{first} + {count} is beyond its shard"
+        with damage_named(path):
+            if isinstance(path, StoredPath):
+                return remote_images(path.url, local, count, version=self.version)
+            return _opened(path, self.version).column("image").slice(local, count)
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path, version: str) -> pa.RecordBatch:
+    return open_shard(path)
+
+
 def remote_images(url: str, first: int, count: int, *, version: str) -> pa.LargeBinaryArray:
     """Return images [first, first + count) of a shard on an object store, as they are stored.
 
-    version: of the corpus; what is known about a shard's layout is kept for it. Raises
-    pa.ArrowInvalid when the object is no shard, FileNotFoundError when it is missing, StorageError
-    when the store does not answer.
+    Raises pa.ArrowInvalid when the object is no shard, FileNotFoundError when it is missing,
+    StorageError when the store does not answer.
     """
     layout = _layout(url, version)
     if first + count > layout.rows:

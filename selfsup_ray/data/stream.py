@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from selfsup_ray.artifacts import Array
 from selfsup_ray.config import Positive, config
 from selfsup_ray.data.pixels import Pixels
+from selfsup_ray.data.shard_ranges import StoredImages
 from selfsup_ray.data.stream_order import Piece, StreamOrder
 
 if TYPE_CHECKING:
@@ -53,23 +55,23 @@ Feed = Annotated[MappedFeed | StreamFeed, Field(discriminator="name")]
 
 Arrival = tuple[Piece, pa.LargeBinaryArray]
 """Some stored images of a piece; those of a piece come in their order, in one array or several."""
-Reader = Callable[["Corpus", Iterator[Piece]], Iterator[Arrival]]
+Reader = Callable[[StoredImages, Iterator[Piece]], Generator[Arrival, None, None]]
 """Reads pieces in the order they are given, a few ahead of what is asked for."""
 
 
-def read_here(corpus: Corpus, pieces: Iterator[Piece]) -> Iterator[Arrival]:
+def read_here(images: StoredImages, pieces: Iterator[Piece]) -> Generator[Arrival, None, None]:
     """Read pieces in this process, by a few threads."""
     with ThreadPoolExecutor(READS_AT_A_TIME, thread_name_prefix="stream") as pool:
 
         def start(piece: Piece) -> tuple[Piece, Future[pa.LargeBinaryArray]]:
-            return piece, pool.submit(corpus.stored, piece.first, piece.rows)
+            return piece, pool.submit(images.read, piece.first, piece.rows)
 
         ahead = deque(map(start, itertools.islice(pieces, READS_AT_A_TIME)))
         while ahead:
             piece, reading = ahead.popleft()
-            images = reading.result()
+            column = reading.result()
             ahead.extend(map(start, itertools.islice(pieces, 1)))
-            yield piece, images
+            yield piece, column
 
 
 class Stream:
@@ -85,6 +87,7 @@ class Stream:
         reader: Reader = read_here,
     ) -> None:
         self.corpus, self.reader = corpus, reader
+        self.stored = StoredImages(corpus.path, corpus.offsets, corpus.fingerprint)
         self.order = StreamOrder(
             corpus.shard_rows,
             batch_size=batch_size,
@@ -100,33 +103,37 @@ class Stream:
         """Return `[images]` of any ids, as `Images` does; training itself uses `batches`."""
         return [self.corpus.images(ids)]
 
-    def batches(self, wanted: Iterator[tuple[int, Array]]) -> Iterator[tuple[Tensor, Array]]:
+    def batches(
+        self, wanted: Iterator[tuple[int, Array]]
+    ) -> Generator[tuple[Tensor, Array], None, None]:
         """Yield (images, ids) for each (epoch, positions): (n, 3, S, S) uint8 and (n,) int64.
 
         positions: neighbors in one batch of the epoch's order, always the same rows of a batch.
         """
         wanted, planned = itertools.tee(wanted)
-        arriving = self.reader(self.corpus, self.order.plan(planned))
-        lanes: dict[int, _Lane] = {}
-        size = self.corpus.image_size
-        for epoch, positions in wanted:
-            out = np.empty((len(positions), size, size, 3), np.uint8)
-            lane, place = self.order.places(positions, epoch=epoch)
-            for one, stop, start in self.order.needs(positions):
-                held = lanes.setdefault(one, _Lane())
-                held.forget(epoch, start)
-                while held.stop < stop:
-                    self._take(next(arriving), one, held)
-                rows = np.flatnonzero(lane == one)
-                held.read(place[rows], out, rows)
-            ids = self.order.ids_at(lane, place, epoch=epoch)
-            yield torch.from_numpy(out).permute(0, 3, 1, 2), ids
+        with closing(self.reader(self.stored, self.order.plan(planned))) as arriving:
+            lanes: dict[int, _Lane] = {}
+            for epoch, positions in wanted:
+                lane, place = self.order.places(positions, epoch=epoch)
+                out = self._empty(len(positions))
+                for one, stop, start in self.order.needs(positions):
+                    held = lanes.setdefault(one, _Lane())
+                    held.forget(epoch, start)
+                    while held.stop < stop:
+                        piece, column = next(arriving)
+                        assert piece.lane == one, f"{piece} came while lane {one} was waiting"
+                        held.add(piece, self._pixels(column))
+                    rows = np.flatnonzero(lane == one)
+                    held.read(place[rows], out, rows)
+                ids = self.order.ids_at(lane, place, epoch=epoch)
+                yield torch.from_numpy(out).permute(0, 3, 1, 2), ids
 
-    def _take(self, arrival: Arrival, lane: int, held: _Lane) -> None:
-        piece, column = arrival
-        assert piece.lane == lane, f"{piece} came while lane {lane} was waiting"
-        pixels = Pixels(column, encoding=self.corpus.encoding, image_size=self.corpus.image_size)
-        held.add(piece, pixels)
+    def _empty(self, count: int) -> Array:
+        size = self.corpus.image_size
+        return np.empty((count, size, size, 3), np.uint8)
+
+    def _pixels(self, column: pa.LargeBinaryArray) -> Pixels:
+        return Pixels(column, encoding=self.corpus.encoding, image_size=self.corpus.image_size)
 
 
 class _Lane:
