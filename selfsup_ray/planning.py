@@ -343,7 +343,8 @@ def _row(step: Step) -> tuple[str, ...]:
     if step.state not in ("run", "continue"):
         return step.stage, step.state, step.why, "", "", "", ""
     each = f"{ask.cpus:g} CPU" + (f" + {ask.gpus:g} GPU" if ask.gpus else "")
-    workers = "in this process" if ask.workers == 0 else f"{ask.workers} x {each}"
+    count = f"{ask.workers}" if ask.fewest == ask.workers else f"{ask.fewest} to {ask.workers}"
+    workers = "in this process" if ask.workers == 0 else f"{count} x {each}"
     seconds = "" if made.seconds is None else clock(made.seconds)
     figures = (size(made.memory_bytes), size(made.disk_bytes), seconds)
     return step.stage, step.state, step.why, workers, *figures

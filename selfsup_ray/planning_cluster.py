@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -53,7 +53,7 @@ def placed(
     ResourceError when the cluster can never hold the workers.
     """
     pieces = counts.at_once if counts and at_most else asked.workers
-    wanted = Resources(workers=min(asked.workers, pieces), cpus=asked.cpus, gpus=asked.gpus)
+    wanted = replace(asked, workers=min(asked.workers, pieces))
     shares = place(cluster, wanted, stage=stage, at_most=at_most)
     types = {kind.name: kind for kind in cluster.types}
     workers = max(1, sum(share.workers for share in shares))

@@ -73,6 +73,24 @@ def test_a_stage_that_can_never_be_placed_is_refused_as_a_run_would_be(tmp_path:
     assert place(cluster, Resources(workers=9, cpus=8), stage="ingest", at_most=True)[0].nodes == 2
 
 
+def test_an_elastic_stage_is_planned_with_the_workers_that_fit(tmp_path: Path):
+    made = {
+        "out": str(tmp_path / "run"),
+        "ingest": {"source": str(tmp_path / "photos"), "image_size": 16},
+        "pretext": {"batch_size": 64, "resources": {"workers": 6, "min_workers": 2, "cpus": 4}},
+    }
+    write_shapes(tmp_path / "photos", 96, size=16)
+    (tmp_path / "exp.yaml").write_text(yaml.safe_dump(made))
+    cpu = {"resources": {"CPU": 8}, "max_workers": 2}
+    cluster = written(tmp_path, of_types(2, cpu=cpu))
+    found = plan(tmp_path / "exp.yaml", cluster=cluster)
+    [pretext] = [step for step in found.steps if step.stage == "pretext"]
+    assert pretext.placed is not None and pretext.placed.workers == 4
+    assert "2 to 6 x 4 CPU" in found.text()
+    with pytest.raises(ResourceError, match=r"pretext asks for at least 5 workers.* for 4"):
+        plan(tmp_path / "exp.yaml", {"pretext.resources.min_workers": 5}, cluster=cluster)
+
+
 def test_the_plan_for_cluster_yaml_names_nodes_to_come_money_and_counts(experiment: Path):
     made = plan(experiment, cluster=cluster_file(ROOT / "cluster.yaml"))
     steps = {step.stage: step for step in made.steps}
