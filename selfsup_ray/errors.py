@@ -23,3 +23,7 @@ class TrainingError(UserError):
 
 class StorageError(UserError):
     """An object store does not answer, refuses, or a copy finds no room; names the URL."""
+
+
+class ClusterError(UserError):
+    """Ray lost or lacks something that it could not replace; says what, and how to go on."""

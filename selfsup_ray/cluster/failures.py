@@ -12,9 +12,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -30,6 +33,8 @@ SILENT_S = 30.0
 Less than the minute after which Ray ends the program."""
 LEAVE_S = 20.0
 """Time for the program to end in order once Ray is lost; then it is ended."""
+EXIT_CODE = 2
+"""Of a program whose Ray was lost: that of every UserError."""
 AGAIN = "Give the same command again: it goes on with what is missing."
 
 
@@ -73,20 +78,34 @@ class Watch:
         signal.pthread_kill(self._main, signal.SIGUSR2)
         if not self._left.wait(LEAVE_S):  # Ray would end the program itself, without a word
             log.error("%s", self.sentence)
-            os._exit(2)
+            os._exit(EXIT_CODE)
 
     def is_lost(self) -> bool:
         """Return whether something is lost, now that a Ray call has failed."""
         for _ in range(int(REFUSED_S / LOOK_EVERY_S) + 1):
             if self.sentence is not None or not any(map(refusal, self.places.values())):
                 break
-            self._left.wait(LOOK_EVERY_S)
+            time.sleep(LOOK_EVERY_S)
             self.look(seconds=LOOK_EVERY_S)
         return self.sentence is not None
 
-    def leave(self) -> None:
-        """Stop looking."""
-        self._left.set()
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Look while the block runs; from the main thread it is interrupted when Ray is lost."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGUSR2, _raise_lost)
+        threading.Thread(target=self.follow, name="watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._left.set()
+            signal.signal(signal.SIGUSR2, before)
+
+
+def _raise_lost(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Lost
 
 
 def refusal(place: tuple[str, int]) -> OSError | None:
@@ -111,28 +130,48 @@ def places_of_ray() -> dict[str, tuple[str, int]]:
     import ray
 
     context = ray.get_runtime_context()
-    host, _, port = context.gcs_address.rpartition(":")
+    return _places(context.gcs_address, context.get_node_id())
+
+
+@lru_cache(maxsize=1)
+def _places(gcs_address: str, node_id: str) -> dict[str, tuple[str, int]]:
+    import ray
+
+    host, _, port = gcs_address.rpartition(":")
     found = {"GCS": (host.strip("[]"), int(port))}
     for node in ray.nodes():  # type: ignore[no-untyped-call]
-        if node["NodeID"] == context.get_node_id():
+        if node["NodeID"] == node_id:
             found["raylet"] = (node["NodeManagerAddress"], int(node["NodeManagerPort"]))
     return {name: place for name, place in found.items() if refusal(place) is None}
 
 
-@contextmanager
-def watched(*, local: bool) -> Iterator[None]:
-    """Run a block on a connected Ray; what Ray cannot mend is raised as a ClusterError.
+def answers_still() -> bool:
+    """Return whether Ray can be asked to end tasks and actors: lost, it would end the program."""
+    return not any(map(refusal, places_of_ray().values()))
 
-    local: Ray was started by this process. In the main thread a lost GCS or raylet ends the block;
-    in another thread it is only told from what Ray raises.
+
+def end_actors(actors: Sequence[Any]) -> None:
+    """End actors; when Ray is lost they end anyway."""
+    import ray
+
+    if answers_still():
+        for actor in actors:
+            ray.kill(actor)
+
+
+@contextmanager
+def supervised() -> Iterator[None]:
+    """Run a block on a connected Ray, then disconnect; what Ray cannot mend is a ClusterError.
+
+    In the main thread a lost GCS or raylet ends the block; in another thread it is only told from
+    what Ray raises.
     """
-    watch = Watch(places_of_ray(), local=local)
-    in_main = threading.current_thread() is threading.main_thread()
-    before: Any = signal.signal(signal.SIGUSR2, _raise_lost) if in_main else None
-    if in_main:
-        threading.Thread(target=watch.follow, name="watch", daemon=True).start()
+    import ray
+
+    watch = Watch(places_of_ray(), local=started_here())
     try:
-        yield
+        with watch.following():
+            yield
     except _Lost:
         raise ClusterError(str(watch.sentence)) from None
     except UserError:
@@ -140,61 +179,71 @@ def watched(*, local: bool) -> Iterator[None]:
     except Exception as error:
         if watch.is_lost():
             raise ClusterError(str(watch.sentence)) from error
-        raise explained(error) from error
+        found = explained(error)
+        if found is error:
+            raise
+        raise found from error
     finally:
-        watch.leave()
-        if in_main:
-            signal.signal(signal.SIGUSR2, before)
-        if watch.sentence is not None:
+        if watch.sentence is None:
+            ray.shutdown()
+        else:
             abandon()
 
 
-def _raise_lost(signum: int, frame: FrameType | None) -> NoReturn:
-    raise _Lost
+def started_here() -> bool:
+    """Return whether this process started the Ray that it is connected to."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return node is not None and bool(node.is_head())
 
 
 def abandon() -> None:
-    """Leave a Ray that is lost as it is: its own shutdown would end the program, or wait."""
-    import ray
+    """Leave a Ray that is lost as it is: its own shutdown would end the program, or wait.
+
+    So would, or crash, the end of the program itself, which is therefore cut short.
+    """
     from ray._private import worker
 
-    atexit.unregister(ray.shutdown)
-    node = worker._global_node
-    if node is not None:
-        with suppress(Exception):  # whatever is left of a local Ray ends with this process, too
-            node.kill_all_processes(check_alive=False, allow_graceful=False)
+    if started_here() and worker._global_node is not None:
+        worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    atexit.register(_end)  # before all that was registered earlier, by Ray too
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)
 
 
 def explained(error: Exception) -> Exception:
-    """Return an error as the user should see it: a UserError or OSError inside it, a ClusterError
-    for what Ray gave up, itself when it is neither (a bug).
+    """Return an error as the user should see it: what is inside Ray's wrapping, or itself.
+
+    A UserError or OSError that a worker raised comes out; what Ray gave up is a ClusterError; an
+    error that is neither is a bug and stays as it is.
     """
-    chain = list(_causes(error))
+    chain = _chain(error)
+    if not any(map(_is_rays, chain)):
+        return error
     for cause in chain:
-        if isinstance(cause, UserError | OSError) and not _is_ray(cause):
+        if isinstance(cause, UserError | OSError) and not _is_rays(cause):
             return cause
-    for cause in chain:
-        sentence = _sentence(cause)
-        if sentence is not None:
-            return ClusterError(sentence)
-    return error
+    sentences = filter(None, map(_sentence, chain))
+    return next(map(ClusterError, sentences), error)
 
 
-def _is_ray(error: Exception) -> bool:
-    from ray.exceptions import RayError
-
-    return isinstance(error, RayError)
+def _is_rays(error: Exception) -> bool:
+    return type(error).__module__.startswith("ray.")
 
 
-def _causes(error: BaseException | None) -> Iterator[Exception]:
-    """Yield an error and those inside it, innermost first where Ray wraps them."""
-    if not isinstance(error, Exception):
-        return
-    inside = [getattr(error, name, None) for name in ("cause", "controller_failure", "__cause__")]
-    for cause in [*getattr(error, "worker_failures", {}).values(), *inside]:
-        if cause is not error:
-            yield from _causes(cause)
-    yield error
+def _chain(error: Exception) -> list[Exception]:
+    """Return an error and all that are inside it, the outermost first."""
+    found = [error]
+    for outer in found:
+        inside = [getattr(outer, name, None) for name in ("cause", "controller_failure")]
+        inside += [*getattr(outer, "worker_failures", {}).values(), outer.__cause__]
+        found += [e for e in inside if isinstance(e, Exception) and e not in found]
+    return found
 
 
 def _sentence(error: Exception) -> str | None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from selfsup_ray.artifacts import Array, ShardedArray, whole_file
+from selfsup_ray.cluster.failures import end_actors
 from selfsup_ray.cluster.pairs import answers
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.config import Resources
@@ -161,10 +162,7 @@ class _Shards:
     def close(self) -> None:
         """End the actors."""
         if self.actors:
-            import ray
-
-            for actor in self.actors:
-                ray.kill(actor)
+            end_actors(self.actors)
 
 
 def point_shards(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from selfsup_ray.artifacts import Array, ShardedArray
+from selfsup_ray.cluster.failures import end_actors
 from selfsup_ray.cluster.methods import ExactConfig, SearchConfig, index_files
 from selfsup_ray.cluster.pairs import answers, pays, write_all_pairs
 from selfsup_ray.cluster.session import connect, require_resources
@@ -115,10 +116,7 @@ class Search:
     def close(self) -> None:
         """End the actors."""
         if self.replicas:
-            import ray
-
-            for actor in self.actors:
-                ray.kill(actor)
+            end_actors(self.actors)
         self.replicas = []
 
     def build(self) -> None:

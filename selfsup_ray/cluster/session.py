@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 
+from selfsup_ray.cluster.failures import supervised
 from selfsup_ray.config import Resources
-from selfsup_ray.errors import ResourceError
+from selfsup_ray.errors import ClusterError, ResourceError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """Join the Ray cluster at `address` (or $RAY_ADDRESS), or start one on this machine.
 
     Does nothing when this process is connected already. num_cpus: CPUs a local Ray hands out.
-    Raises ResourceError when there is no cluster at the address.
+    Raises ResourceError when there is no cluster at the address, ClusterError when none starts.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -53,15 +54,23 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     if address != "local":
         return _join(address)
     _own_token()
-    with _own_handler():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=object_store_bytes(),
-        )
+    try:
+        with _own_handler():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=object_store_bytes(),
+            )
+    except Exception as error:  # as bare as this when a process of Ray is not up in time
+        if type(error) is not Exception:
+            raise
+        raise ClusterError(
+            f"Ray could not start on this machine ({' '.join(str(error).split())[:200]}). Perhaps "
+            f"it is too busy: give the same command again when it is less so."
+        ) from error
 
 
 def _join(address: str) -> None:
@@ -121,16 +130,18 @@ def object_store_bytes() -> int:
 
 @contextmanager
 def session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
-    """Connect for a block; a connection that the block made ends with it."""
+    """Connect for a block; a connection that the block made ends with it.
+
+    Raises ClusterError when Ray loses something that it cannot replace.
+    """
     import ray
 
-    mine = not ray.is_initialized()
-    connect(address, num_cpus=num_cpus)
-    try:
+    if ray.is_initialized():
         yield
-    finally:
-        if mine:
-            ray.shutdown()
+        return
+    connect(address, num_cpus=num_cpus)
+    with supervised():
+        yield
 
 
 def require_resources(resources: Resources, *, stage: str) -> None:

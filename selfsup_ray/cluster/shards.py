@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+from selfsup_ray.cluster.failures import answers_still
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.config import Resources
 from selfsup_ray.progress import track
@@ -77,8 +78,9 @@ def _results(
     except RayTaskError as error:
         raise error.cause from error
     finally:
-        for task in running:  # the caller stopped early, or a task failed
-            ray.cancel(task)
+        if running and answers_still():  # the caller stopped early, or a task failed
+            for task in running:
+                ray.cancel(task)
 
 
 def _run(fn: Callable[[int], T], shard: int) -> T:
