@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from selfsup_ray.pipeline import run
     from selfsup_ray.planning import plan
     from selfsup_ray.report import write_report
+    from selfsup_ray.resources import TrainResources
     from selfsup_ray.stages.classify import Classified, classify
     from selfsup_ray.stages.classify_config import ClassifyConfig
     from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion, diffuse
@@ -70,6 +71,7 @@ _HOMES = {
     "pipeline": ["run"],
     "planning": ["plan"],
     "report": ["write_report"],
+    "resources": ["TrainResources"],
     "stages.classify": ["Classified", "classify"],
     "stages.classify_config": ["ClassifyConfig"],
     "stages.diffuse": ["DiffuseConfig", "Diffusion", "diffuse"],
@@ -140,6 +142,7 @@ __all__ = [
     "ScanConfig",
     "SelfLabelConfig",
     "SimCLRConfig",
+    "TrainResources",
     "UserError",
     "WhitenConfig",
     "build_graph",
