@@ -43,8 +43,8 @@ def stream_tasks(
     connect(None)
     require_resources(Resources(workers=1, cpus=resources.cpus, gpus=resources.gpus), stage=stage)
     at_a_time = min(resources.workers, len(shards))
-    with _settings():
-        rows = _rows(len(shards), concurrency=at_a_time).map_batches(
+    with settings():
+        rows = numbered(len(shards), concurrency=at_a_time).map_batches(
             _Work(work, shards),
             batch_size=None,
             compute=TaskPoolStrategy(size=at_a_time),
@@ -73,8 +73,8 @@ def stream_actors(
     connect(None)
     require_resources(resources, stage=stage)
     fewest, most = (min(n, len(shards)) for n in (resources.fewest, resources.workers))
-    with _settings():
-        rows = _rows(len(shards)).map_batches(
+    with settings():
+        rows = numbered(len(shards)).map_batches(
             _ActorWork,
             fn_constructor_args=(make, shards),
             batch_size=None,
@@ -96,8 +96,7 @@ class _Work:
         try:
             facts = self.work(shard)
         except UserError as error:  # said to the user as it is, without Ray's pages around it
-            kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
-            facts = {_ERROR: [kind, str(error)]}
+            facts = {_ERROR: described(error)}
         return {"shard": np.array([shard]), "facts": np.array([json.dumps(facts)])}
 
 
@@ -108,8 +107,8 @@ class _ActorWork(_Work):
         super().__init__(make(), shards)
 
 
-def _rows(n: int, *, concurrency: int | None = None) -> Dataset:
-    """Return a dataset of n rows in n blocks.
+def numbered(n: int, *, concurrency: int | None = None) -> Dataset:
+    """Return a dataset of n rows 0..n-1, `id`, in n blocks.
 
     Ray fuses it with a map of the same concurrency, one CPU, and batches of whole blocks.
     """
@@ -127,13 +126,25 @@ def _results(rows: Dataset) -> Iterator[tuple[int, Facts]]:
         for shard, text in zip(batch["shard"].tolist(), batch["facts"], strict=True):
             facts = json.loads(str(text))
             if _ERROR in facts:
-                kind, message = facts[_ERROR]
-                raise getattr(errors, kind)(message)
+                raise error_of(facts[_ERROR])
             yield shard, facts
 
 
+def described(error: UserError) -> list[str]:
+    """Return kind and message of an error, as data that goes through Ray unchanged."""
+    kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
+    return [kind, str(error)]
+
+
+def error_of(description: list[str]) -> UserError:
+    """Return the error that `described` put into words."""
+    kind, message = description
+    made: UserError = getattr(errors, kind)(message)
+    return made
+
+
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """Run quietly, and without readers that start anew for each execution."""
     from ray.data import DataContext
 

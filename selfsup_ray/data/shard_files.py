@@ -109,7 +109,10 @@ def _binary_column(images: Array | Sequence[bytes]) -> pa.Array:
 
 
 def open_shard(path: Path) -> pa.RecordBatch:
-    """Return a shard, or its copy on this node, as a memory map. Raises OSError or pa.ArrowInvalid."""
+    """Return a shard, or this node's copy of it, as a memory map.
+
+    Raises OSError or pa.ArrowInvalid.
+    """
     with pa.memory_map(os.fspath(path)) as file:  # the map outlives the closed file
         shard = pa.ipc.open_file(file)
         # Before any value is read: other column types may run code when they are.
