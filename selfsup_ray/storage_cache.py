@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -90,6 +90,29 @@ def copy_of(url: str, version: Version) -> Path:
                 _place(half, _path(url, version))
             finally:
                 half.unlink(missing_ok=True)
+
+
+def derived(key: str, name: str, size_bytes: int, write: Callable[[Path], None]) -> Path:
+    """Return a local file that `write` makes from copies, kept among them; made once a node.
+
+    key: changes with whatever the file is made from.
+    """
+    path = _path(f"{key}/{name}", Version("made", size_bytes, 0.0))
+    if touched(path):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent / "lock"):
+        if touched(path):
+            return path
+        make_room(size_bytes, name)
+        half = path.with_name(f"{path.name}.{os.getpid()}.half")
+        try:
+            with _full_disk_named(name):
+                write(half)
+            _place(half, path)
+        finally:
+            half.unlink(missing_ok=True)
+    return path
 
 
 def admit(path: Path, url: str, version: Version) -> None:

@@ -13,7 +13,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array, whole_file
+from selfsup_ray.artifacts import Array, create_mapped, whole_file
+from selfsup_ray.object_store import version_of
+from selfsup_ray.storage import StoredPath
+from selfsup_ray.storage_cache import derived
 
 BLOCK = 16_384
 """Rows read, compared or written at once."""
@@ -56,6 +59,29 @@ def write_into(path: Path, place: int, rows: Rows, order: Array) -> None:
         _write(file, rows, order)
         file.flush()
         os.fsync(file.fileno())
+
+
+def joined(path: StoredPath, pieces: Sequence[StoredPath]) -> Path:
+    """Return a local .npy file with the rows of several on an object store, one after another.
+
+    For nodes that share no disk, and so cannot write into one file.
+    """
+    versions = [version_of(piece.url) for piece in pieces]
+    tags = " ".join("" if version is None else version.tag for version in versions)
+    size_bytes = sum(version.size_bytes for version in versions if version is not None)
+
+    def write(half: Path) -> None:
+        sizes = [np.load(piece, mmap_mode="r").shape for piece in pieces]
+        like = np.load(pieces[0], mmap_mode="r")
+        shape = (sum(size[0] for size in sizes), *like.shape[1:])
+        out, start = create_mapped(half, shape, like.dtype), 0
+        for piece in pieces:
+            rows = np.load(piece, mmap_mode="r")
+            out[start : start + len(rows)] = rows
+            start += len(rows)
+        out.flush()
+
+    return derived(f"{path.url} {tags}", path.name, size_bytes, write)
 
 
 def _write(file: BinaryIO, rows: Rows, order: Array) -> None:

@@ -33,8 +33,9 @@ from selfsup_ray.ops.cells import CellTree, assign_cells, fit_cells
 from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
 from selfsup_ray.ops.neighbors import Neighbors, drop_self, exact_topk, merge_neighbors
 from selfsup_ray.ops.rng import permuted
-from selfsup_ray.stages.cell_files import BLOCK, gathered, write_into, write_new
+from selfsup_ray.stages.cell_files import BLOCK, gathered, joined, write_into, write_new
 from selfsup_ray.stages.rounds import one_round
+from selfsup_ray.storage import StoredPath, names_in
 
 MAX_CELLS = 262_144
 RANGE_ROWS = 524_288
@@ -88,6 +89,11 @@ class CellJoin:
     def array(self) -> ShardedArray:
         """The rows to join."""
         return ShardedArray.open(self.features)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the folder is on an object store: no two nodes can then write into one file."""
+        return isinstance(self.folder, StoredPath)
 
     @property
     def work(self) -> Path:
@@ -186,8 +192,9 @@ class CellJoin:
         with whole_file(self.work / "borders.npy") as path, open(path, "wb") as file:
             np.save(file, borders)
         n, dim = self.array.shape
-        for name, shape, kind in (("rows", (n, dim), np.float32), ("order", (n,), np.int64)):
-            create_mapped(self.work / f"{name}.npy", shape, kind).flush()
+        if not self.is_stored:
+            for name, shape, kind in (("rows", (n, dim), np.float32), ("order", (n,), np.int64)):
+                create_mapped(self.work / f"{name}.npy", shape, kind).flush()
         write_json(self.work / "ranges.json", [int(cut) for cut in cuts])
 
     @cached_property
@@ -224,8 +231,13 @@ class CellJoin:
 
         order, leader = leaders_first(rows, ids, cells)
         start, follows = int(self.borders[low]), np.flatnonzero(leader != np.arange(len(leader)))
-        write_into(self.work / "rows.npy", start, rows, order)
-        write_into(self.work / "order.npy", start, ids.__getitem__, order)
+        if self.is_stored:
+            like = np.empty((0, self.array.shape[1]), np.float32)
+            write_new(self._path("placed_rows", i), rows, order, like=like)
+            write_new(self._path("placed_order", i), ids.__getitem__, order, like=ids)
+        else:
+            write_into(self.work / "rows.npy", start, rows, order)
+            write_into(self.work / "order.npy", start, ids.__getitem__, order)
         table = np.stack([leader[follows] + start, ids[order][follows], follows + start], axis=1)
         self._write("followers", i, table.astype(np.int64))
         self.order.write_shard(i, ids[order])
@@ -243,8 +255,16 @@ class CellJoin:
         """The rows in cell order, memory-mapped."""
         owner = np.searchsorted(self.borders, self.followers.place, side="right") - 1
         followers = np.bincount(owner, minlength=len(self.borders) - 1)
-        rows, order = (np.load(self.work / f"{x}.npy", mmap_mode="r") for x in ("rows", "order"))
+        rows, order = (np.load(self._whole(x), mmap_mode="r") for x in ("rows", "order"))
         return Cells(self.tree.centers, self.borders, self.borders[1:] - followers, rows, order)
+
+    def _whole(self, name: str) -> Path:
+        """Return the local file of `rows` or `order` at all places."""
+        path = self.work / f"{name}.npy"
+        if not isinstance(path, StoredPath):
+            return path
+        pieces = [path.with_name(f"placed_{name}-{i:05d}.npy") for i in range(len(self.ranges))]
+        return joined(path, pieces)
 
     def join(self, i: int) -> None:
         """Find the lists of range i and write them as a run sorted by image id."""
@@ -338,9 +358,10 @@ class CellJoin:
         stored: Array = np.load(self._path(kind, i), mmap_mode="r")
         return stored
 
-    def is_written(self, kind: str, i: int) -> bool:
-        """Return whether the last file of a task is there, and so all of them."""
-        return self._path(kind, i).exists()
+    def unwritten(self, kind: str, tasks: range) -> list[int]:
+        """Return the tasks whose last file is missing: the others have written all of theirs."""
+        there = names_in(self.work)
+        return [i for i in tasks if self._path(kind, i).name not in there]
 
 
 def cell_graph(
@@ -358,19 +379,14 @@ def cell_graph(
         require_disk(folder, size_bytes=n * (2 * dim * 4 + k * 8 + 24))
         task.fit()
     parts = range(len(task.part_shards))
-    left = [i for i in parts if not task.is_written("run_borders", i)]
-    one_round(task.sort, "graph: sort", left, ask)
+    one_round(task.sort, "graph: sort", task.unwritten("run_borders", parts), ask)
     if not (task.work / "ranges.json").exists():
         task.plan()
     ranges = range(len(task.ranges))
-    one_round(
-        task.gather, "graph: gather", [i for i in ranges if not task.order.is_written(i)], ask
-    )
-    one_round(
-        task.join, "graph: join", [i for i in ranges if not task.is_written("list_ids", i)], ask
-    )
-    ids = ShardedArray.open(folder / "ids")
-    left = [i for i in parts if not all(ids.is_written(j) for j in range(*task.part_shards[i]))]
+    one_round(task.gather, "graph: gather", task.order.unwritten(), ask)
+    one_round(task.join, "graph: join", task.unwritten("list_ids", ranges), ask)
+    lack = set(ShardedArray.open(folder / "ids").unwritten())
+    left = [i for i in parts if not lack.isdisjoint(range(*task.part_shards[i]))]
     one_round(task.scatter, "graph: scatter", left, ask)
 
 
