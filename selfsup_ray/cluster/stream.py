@@ -12,10 +12,19 @@ import numpy as np
 import pyarrow as pa
 
 from selfsup_ray.cluster.data import described, error_of, numbered, settings
+from selfsup_ray.cluster.session import (
+    alive,
+    connect,
+    launch_config,
+    require_resources,
+    workers_that_fit,
+)
+from selfsup_ray.config import Resources
 from selfsup_ray.data.shard_ranges import StoredImages
-from selfsup_ray.errors import UserError
+from selfsup_ray.errors import ResourceError, UserError
 
 if TYPE_CHECKING:
+    from selfsup_ray.data.datasets import Dataset
     from selfsup_ray.data.stream import Arrival
     from selfsup_ray.data.stream_order import Piece
 
@@ -40,6 +49,38 @@ def read_on_ray(images: StoredImages, pieces: Iterator[Piece]) -> Generator[Arri
     while ahead := list(itertools.islice(pieces, TASKS_AT_ONCE * PIECES_A_TASK)):
         tasks = [ahead[i : i + PIECES_A_TASK] for i in range(0, len(ahead), PIECES_A_TASK)]
         yield from _execution(images, tasks)
+
+
+def on_ray(dataset: Dataset) -> Dataset:
+    """Return a training worker's dataset; a stream is read by Ray Data from now on."""
+    from selfsup_ray.data.stream import Stream  # late: it imports torch, which tasks do without
+
+    if isinstance(dataset, Stream):
+        dataset.reader = read_on_ray
+    return dataset
+
+
+def require_reader(resources: Resources, *, stage: str) -> None:
+    """Raise ResourceError at once unless the workers of a streamed training leave a CPU free.
+
+    The tasks that read run beside the workers; without one, everything would wait forever.
+    """
+    import ray
+
+    connect(None)
+    require_resources(resources, stage=stage)
+    nodes = alive()
+    workers = min(resources.workers, sum(workers_that_fit(node, resources) for node in nodes))
+    total = sum(node.get("CPU", 0) for node in nodes)
+    if total - workers * resources.cpus >= 1:
+        return
+    if launch_config(ray.get_runtime_context().gcs_address) is not None:
+        return  # the autoscaler adds a node for the tasks
+    raise ResourceError(
+        f"{stage} with feed.name=stream asks for {workers} workers with {resources.cpus:g} CPUs "
+        f"each and a CPU more, for the tasks that read for them, but Ray has {total:g}. Lower "
+        f"{stage}.resources, or join a larger cluster with --address."
+    )
 
 
 def _execution(images: StoredImages, tasks: list[list[Piece]]) -> Generator[Arrival, None, None]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 from selfsup_ray.artifacts import begin, finish
 from selfsup_ray.batches import require_cut
+from selfsup_ray.cluster.stream import require_reader
 from selfsup_ray.config import NonNegative, Positive, config
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.datasets import Images
+from selfsup_ray.data.datasets import Dataset, Images
+from selfsup_ray.data.stream import Feed, MappedFeed, Stream, StreamFeed
 from selfsup_ray.data.views import ScanSimCLRViews, Views, ViewsConfig
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 from selfsup_ray.models.encoder import Encoder, save_encoder
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STREAMED = ("simclr", "moco", "byol")
+"""Methods that keep nothing by image id and so can learn from a stream."""
+
 
 @config
 class PretextConfig(TrainConfig):
@@ -55,8 +60,12 @@ class PretextConfig(TrainConfig):
     batch_size: Positive = 512
     optim: OptimConfig = SGDConfig(lr=0.4)
     schedule: ScheduleConfig = CosineSchedule(final_ratio=1e-3, per="epoch")
+    feed: Feed = MappedFeed()
+    """How images reach the workers: `mapped` from shards on each node, or `stream`ed to them."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.feed, StreamFeed):
+            _require_streamable(self.feed, self.method.name, self.batch_size)
         if self.epochs == 0 and self.initial_weights is None:
             raise ValueError("epochs=0 needs initial_weights, or nothing has been learned")
         if self.epochs == 0 and self.output == "head":
@@ -67,6 +76,24 @@ class PretextConfig(TrainConfig):
                 f"but with method.batch_norm.name=local the result depends on it; take another "
                 f"batch_norm (sync, split, shuffle), or leave min_workers out"
             )
+
+
+def _require_streamable(feed: StreamFeed, method: str, batch_size: int) -> None:
+    if method not in STREAMED:
+        raise ValueError(
+            f"feed.name=stream reads images in its own order, but method.name={method} looks them "
+            f"up by their ids; take feed.name=mapped, or one of the methods {', '.join(STREAMED)}"
+        )
+    if batch_size % feed.lanes:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be drawn in equal parts from feed.lanes={feed.lanes}; "
+            f"take a divisor of batch_size, and at least as many lanes as workers"
+        )
+    if feed.buffer < batch_size:
+        raise ValueError(
+            f"feed.buffer={feed.buffer} does not hold one batch of batch_size={batch_size} images; "
+            f"take some ten batches or more"
+        )
 
 
 def pretrain(
@@ -90,6 +117,8 @@ def pretrain(
     check_method(config.method, batch_size=config.batch_size)
     together = images_together(config.method.batch_norm)
     require_cut(config, together=together, workers=config.resources.workers)
+    if isinstance(config.feed, StreamFeed) and config.resources.workers:
+        require_reader(config.resources, stage="pretext")
     build = partial(_build, corpus, config)
     objective, state = trained(build, config, stage="pretext", out=out, tracker=tracker)
     assert isinstance(objective, Pretraining)
@@ -107,7 +136,7 @@ def pretrain(
     return Encoder.open(out)
 
 
-def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Images, MakeViews]:
+def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Dataset, MakeViews]:
     backbone = _initial_backbone(config)
     objective = build_pretext(config.method, backbone, num_images=len(corpus), seed=config.seed)
     views = Views(
@@ -116,7 +145,12 @@ def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Images, Ma
         seed=config.seed,
         num_views=objective.num_views,
     )
-    return objective, Images(corpus), views
+    match config.feed:
+        case MappedFeed():
+            return objective, Images(corpus), views
+        case StreamFeed():
+            size, seed = config.batch_size, config.seed
+            return objective, Stream(corpus, config.feed, batch_size=size, seed=seed), views
 
 
 def _initial_backbone(config: PretextConfig) -> Backbone:
