@@ -137,6 +137,7 @@ def fit(
     objective.to(device, memory_format=memory_format(config)).train()  # type: ignore[call-overload]
     optimizer = build_optimizer(config.optim, objective.trainable())
     step, history = restore(objective, optimizer, state)
+    require_same_step(step, device)
     model = on_all_ranks(objective, config, device)
     meter = Meter(config, step, history, weight=batches.weight)
     say_path(config, device)
@@ -274,6 +275,17 @@ def restore(
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], list(state["history"])
+
+
+def require_same_step(step: int, device: torch.device) -> None:
+    """Raise RuntimeError unless every rank goes on from the same step.
+
+    A worker that was being ended may have replaced the checkpoint while the ranks read it; started
+    anew, they read the same.
+    """
+    mean = float(all_sum(torch.tensor(step, dtype=torch.float64, device=device))) / world_size()
+    if mean != step:
+        raise RuntimeError(f"this rank goes on from step {step}, the mean over ranks is {mean}")
 
 
 def on_all_ranks(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:

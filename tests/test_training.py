@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from selfsup_ray.batches import Batches
+from selfsup_ray.collectives import rank
 from selfsup_ray.config import override
 from selfsup_ray.errors import ConfigError, TrainingError
 from selfsup_ray.models.objective import Objective
@@ -308,6 +309,21 @@ def test_a_batch_with_nothing_for_some_worker_is_refused(on_ranks):
         return True
 
     assert all(on_ranks(refused, size=3))
+
+
+def test_ranks_that_read_different_checkpoints_do_not_train_on(on_ranks):
+    states: list[State] = []
+    trained(
+        dataclasses.replace(CONFIG, checkpoint_every=1),
+        on_checkpoint=lambda s: states.append(copy.deepcopy(s)),
+    )
+
+    def refused() -> bool:
+        with pytest.raises(RuntimeError, match=r"goes on from step [25], the mean .* is 3.5"):
+            trained(state=states[1 if rank() else 4])
+        return True
+
+    assert all(on_ranks(refused, size=2))
 
 
 def build_job() -> tuple[Objective, Noise, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from selfsup_ray.artifacts import whole_file
+from selfsup_ray.config import Resources
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.shifted import ShiftedViews
 from selfsup_ray.models.locally_linear import Block, Layer
@@ -93,7 +93,7 @@ def write_dictionary(corpus: Corpus, plan: NetworkPlan, layer: int) -> None:
     if (folder / DICTIONARY).exists():
         return
     assert isinstance(config, DeeperCodeConfig), "only codes have a dictionary"
-    resources = dataclasses.replace(plan.config.resources, gpus=0)
+    resources = Resources(workers=plan.config.resources.workers, cpus=plan.config.resources.cpus)
     seed = plan.config.seed + layer
     whitening = WhitenConfig(
         patches=config.size * config.patches_per_entry,
