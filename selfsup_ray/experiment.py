@@ -19,6 +19,7 @@ from selfsup_ray.stages.evaluate import EvaluateConfig
 from selfsup_ray.stages.export import ExportConfig
 from selfsup_ray.stages.graph import GraphConfig
 from selfsup_ray.stages.ingest import IngestConfig
+from selfsup_ray.stages.labelled_config import FinetuneProtocol, LinearProtocol
 from selfsup_ray.stages.lowshot_config import LowShotConfig
 from selfsup_ray.stages.patches import PatchesConfig
 from selfsup_ray.stages.pretext import PretextConfig
@@ -49,6 +50,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "selflabel": ("ingest", "scan"),
     "diffuse": ("ingest", "graph"),
     "probe": ("ingest", "embed"),
+    "linear": ("ingest", ENCODER),
+    "finetune": ("ingest", "pretext"),
     "lowshot": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
     "export": ("ingest", ENCODER),
@@ -58,6 +61,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 USES: dict[str, tuple[str, ...]] = {
     "classify": ("patches",),
     "graph": ("reduce",),
+    "linear": ("embed",),
     "lowshot": ("reduce",),
     "evaluate": ("graph", "scan", "selflabel"),
     "export": ("scan", "selflabel", "diffuse"),
@@ -87,6 +91,8 @@ class Experiment:
     selflabel: SelfLabelConfig | None = None
     diffuse: DiffuseConfig | None = None
     probe: ProbeConfig | None = None
+    linear: LinearProtocol | None = None
+    finetune: FinetuneProtocol | None = None
     lowshot: LowShotConfig | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
@@ -105,6 +111,8 @@ class Experiment:
                 f"scan.num_neighbors={self.scan.num_neighbors} is more than the "
                 f"graph.k={self.graph.k} neighbors that are mined; raise graph.k"
             )
+        if self.linear and self.linear.features == "embeddings" and not self.embed:
+            raise ValueError("linear.features=embeddings needs embed: add the key `embed: {}`")
         self._require_patches()
 
     def _require_inputs(self, stage: str) -> None:

@@ -43,7 +43,7 @@ ORDER = (
         "selflabel",
         "diffuse",
     ),
-    *("probe", "lowshot", "evaluate", "export"),
+    *("probe", "linear", "finetune", "lowshot", "evaluate", "export"),
 )
 """Stages in the order of the data flow; others follow by name."""
 CLUSTERERS = ("scan", "sela", "selflabel")

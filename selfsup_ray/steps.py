@@ -19,8 +19,10 @@ from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
 from selfsup_ray.stages.embed import Embeddings, embed
 from selfsup_ray.stages.evaluate import Evaluation, evaluate_run
 from selfsup_ray.stages.export import Exported, export
+from selfsup_ray.stages.finetune import Finetuned, finetune
 from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
+from selfsup_ray.stages.linear import Linear, linear
 from selfsup_ray.stages.lowshot import LowShot, low_shot
 from selfsup_ray.stages.patches import fit_patches
 from selfsup_ray.stages.pretext import pretrain
@@ -50,6 +52,8 @@ Artifact = (
     | Clusterer
     | Diffusion
     | Probe
+    | Linear
+    | Finetuned
     | LowShot
     | Evaluation
     | Exported
@@ -72,6 +76,8 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "selflabel": Clusterer.open,
     "diffuse": Diffusion.open,
     "probe": Probe.open,
+    "linear": Linear.open,
+    "finetune": Finetuned.open,
     "lowshot": LowShot.open,
     "evaluate": Evaluation.open,
     "export": Exported.open,
@@ -187,6 +193,26 @@ def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     probe(Embeddings.open(at("embed")), corpus.labels, e.probe, out=at("probe"), tracker=tracker)
 
 
+def _linear(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    assert e.linear is not None
+    corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
+    if not corpus.has_labels:
+        log.warning("linear: left out, since no image has a label")
+        return
+    stored = e.linear.features == "embeddings"
+    features = Embeddings.open(at("embed")) if stored else None
+    linear(corpus, encoder, e.linear, out=at("linear"), features=features, tracker=tracker)
+
+
+def _finetune(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    assert e.finetune is not None
+    corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
+    if not corpus.has_labels:
+        log.warning("finetune: left out, since no image has a label")
+        return
+    finetune(corpus, encoder, e.finetune, out=at("finetune"), tracker=tracker)
+
+
 def _lowshot(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     assert e.lowshot is not None
     corpus, embeddings = Corpus.open(at("ingest")), Embeddings.open(at("embed"))
@@ -241,6 +267,8 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "selflabel": _selflabel,
     "diffuse": _diffuse,
     "probe": _probe,
+    "linear": _linear,
+    "finetune": _finetune,
     "lowshot": _lowshot,
     "evaluate": _evaluate,
     "export": _export,

@@ -26,6 +26,7 @@ LEVELS = {
             "costs_graph",
             "costs_network",
             "costs_classify",
+            "costs_labelled",
             "costs_counts",
             "costs_instances",
             "costs_traffic",

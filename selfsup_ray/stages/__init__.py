@@ -14,6 +14,8 @@ STAGES = (
     "selflabel",
     "diffuse",
     "probe",
+    "linear",
+    "finetune",
     "lowshot",
     "evaluate",
     "export",

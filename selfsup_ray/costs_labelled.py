@@ -1,0 +1,74 @@
+"""What a linear probe or a fine-tuning costs: passes over the labelled images, and tests."""
+
+from __future__ import annotations
+
+from selfsup_ray.costs_classify import NetworkCost
+from selfsup_ray.costs_network import network, network_seconds, view_seconds
+from selfsup_ray.data.views import StandardViews
+from selfsup_ray.models.backbones import BackboneConfig
+from selfsup_ray.stages.labelled_config import (
+    CountOfLabels,
+    FinetuneConfig,
+    LabelledConfig,
+    LinearConfig,
+    ShareOfLabels,
+)
+from selfsup_ray.stages.lowshot_config import HeldOutRows, HeldOutShare
+
+
+def labelled_cost(
+    config: LinearConfig | FinetuneConfig,
+    backbone: BackboneConfig,
+    *,
+    n: int,
+    stored: int,
+    side: int,
+) -> NetworkCost:
+    """Return the cost for n images, all with a label; stored, side: sides of images and views."""
+    train, test = _images(config, n)
+    net, ask = network(backbone, side), config.resources
+    workers, batch = max(ask.workers, 1), config.batch_size
+    if isinstance(config, LinearConfig) and config.features == "embeddings":
+        return NetworkCost(
+            memory_bytes=net.dim * 4 * batch,
+            disk_bytes=1_000_000,
+            seconds=train * config.epochs * net.dim * 1e-8,
+            assumes=f"{train:,} rows in {config.epochs} epochs, d={net.dim} at most",
+        )
+    frozen = isinstance(config, LinearConfig)
+    networks = 2 if isinstance(config, FinetuneConfig) and config.scratch else 1
+    tests = -(-config.epochs // config.test_every)
+    bfloat16 = config.precision == "bfloat16"
+    one, note = network_seconds(backbone, side, passes=1, resources=ask, bfloat16=bfloat16)
+    seen = train // batch * batch * config.epochs
+    views = 0.0 if ask.gpus else view_seconds(StandardViews(size=side), stored)
+    seconds = (
+        seen * (one * (1 if frozen else 3) + views / (workers * ask.cpus)) + tests * test * one
+    )
+    kept = net.activation_bytes * batch / workers / config.accumulate * (0.25 if frozen else 1)
+    return NetworkCost(
+        memory_bytes=int(net.parameters * 4 * (1 if frozen else 3) + kept),
+        disk_bytes=net.parameters * 4 * (2 if frozen else 3) * networks,
+        seconds=networks * seconds,
+        assumes=f"{train:,} images {config.epochs} times, {tests} tests of {test:,}, {note}"
+        + (", twice: also from scratch" if networks > 1 else ""),
+    )
+
+
+def _images(config: LabelledConfig, n: int) -> tuple[int, int]:
+    """Return how many images are trained and tested on, about."""
+    match config.test:
+        case HeldOutShare(share=share):
+            test = round(share * n)
+        case HeldOutRows(first=first):
+            test = max(n - first, 0)
+        case _:
+            test = n // 5
+    train = round((n - test) * (1 - config.validation_share))
+    match config.labels:
+        case ShareOfLabels(share=share):
+            return round(train * share), test
+        case CountOfLabels(count=count):
+            return min(count, train), test
+        case _:
+            return train, test
