@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SETTINGS = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # V2 starts reader actors anew for every execution
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a dead worker is seen at once
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # then with the nodes that are left
 }
 """Environment of every Ray process we start; what the user has set wins."""
 
@@ -155,7 +156,11 @@ def require_resources(resources: Resources, *, stage: str) -> None:
     if resources.workers == 0:
         return
     address = ray.get_runtime_context().gcs_address
-    require_room(resources, stage=stage, nodes=alive(), launched=lambda: launch_config(address))
+    launched = partial(launch_config, address)
+    room = require_room(resources, stage=stage, nodes=alive(), launched=launched)
+    if room < resources.workers:
+        adds = "it starts with these" if room >= resources.fewest else "the cluster adds nodes"
+        log.info("%s: room for %d of %d workers now; %s", stage, room, resources.workers, adds)
 
 
 def alive() -> list[dict[str, float]]:
@@ -172,16 +177,18 @@ def require_room(
     stage: str,
     nodes: Sequence[Mapping[str, float]],
     launched: Callable[[], dict[str, Any] | None],
-) -> None:
-    """Do what `require_resources` does for given nodes; `launched` is asked where they lack room.
+) -> int:
+    """Return how many of a stage's workers given nodes hold; `launched` is asked if not all.
 
-    Raises ResourceError.
+    Raises ResourceError when they and what the autoscaler may add can never hold the fewest that
+    the stage needs.
     """
     room = sum(workers_that_fit(node, resources) for node in nodes)
-    if room >= resources.workers:
-        return
+    if room >= resources.fewest:
+        return min(room, resources.workers)
+    count = ("at least " if resources.fewest < resources.workers else "") + str(resources.fewest)
     asks = (
-        f"{stage} asks for {resources.workers} workers with {_number(resources.cpus)} CPUs and "
+        f"{stage} asks for {count} workers with {_number(resources.cpus)} CPUs and "
         f"{_number(resources.gpus)} GPUs each"
     )
     file = launched()
@@ -193,15 +200,12 @@ def require_room(
         )
     head = [node for node in nodes if HEAD in node]
     most = sum(workers_that_fit(node, resources) for node in head) + most_added(file, resources)
-    if most < resources.workers:
+    if most < resources.fewest:
         raise ResourceError(
             f"{asks}, but the cluster can only grow to room for {most}: {_growth(file)}. "
             f"Lower {stage}.resources, or change the node types in the cluster's file."
         )
-    log.info(
-        "%s: room for %d of %d workers now; the cluster adds nodes for the others",
-        *(stage, room, resources.workers),
-    )
+    return room
 
 
 def workers_that_fit(node: Mapping[str, Any], resources: Resources) -> int:

@@ -19,6 +19,7 @@ from selfsup_ray.cluster.session import (
 )
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ResourceError
+from selfsup_ray.resources import TrainResources
 
 
 def test_asking_for_more_than_ray_has_fails_at_once_and_names_both(ray_session):
@@ -26,6 +27,16 @@ def test_asking_for_more_than_ray_has_fails_at_once_and_names_both(ray_session):
         require_resources(Resources(workers=3, cpus=2), stage="pretext")
     with pytest.raises(ResourceError, match=r"1 GPUs each.*1 nodes with \(4 CPUs, 0 GPUs\)"):
         require_resources(Resources(workers=1, gpus=1), stage="pretext")
+
+
+def test_an_elastic_stage_needs_room_for_its_fewest_workers_only(ray_session, caplog):
+    elastic = TrainResources(workers=9, min_workers=2, cpus=2)
+    with caplog.at_level("INFO"):
+        require_resources(elastic, stage="pretext")
+    assert "pretext: room for 2 of 9 workers now; it starts with these" in caplog.text
+    three = TrainResources(workers=9, min_workers=3, cpus=2)
+    with pytest.raises(ResourceError, match=r"at least 3 workers with 2 CPUs.* room for 2"):
+        require_resources(three, stage="pretext")
 
 
 def test_what_fits_is_not_refused(ray_session):
@@ -85,6 +96,7 @@ OFFLINE = """
 import time
 from selfsup_ray.cluster.session import connect
 from selfsup_ray.errors import ResourceError
+from selfsup_ray.resources import TrainResources
 began = time.monotonic()
 try:
     connect("127.0.0.1:1")
