@@ -21,7 +21,7 @@ import yaml
 
 from selfsup_ray.config import flatten, parse_yaml, to_dict
 from selfsup_ray.credentials import require_no_credentials
-from selfsup_ray.errors import ArtifactError, UserError
+from selfsup_ray.errors import ArtifactError, UserError, unless_storage
 from selfsup_ray.storage import Copies, StoredPath, located, names_in, publish_below, stored
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -114,6 +114,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        unless_storage(error)
         raise ArtifactError(
             f"{path} cannot be read ({error}). Run the stage that makes it again."
         ) from None
@@ -195,6 +196,7 @@ class ShardedArray:
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing. Run the stage that writes it again.") from None
         except (OSError, ValueError, EOFError) as error:
+            unless_storage(error)
             raise ArtifactError(
                 f"{path} cannot be read as numbers ({' '.join(str(error).split())}). Delete it and "
                 f"the done.json of its stage; the same command then makes this shard again."
@@ -349,6 +351,7 @@ def read_claim(path: Path) -> dict[str, Any]:
     try:
         stored = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        unless_storage(error)
         reason = " ".join(str(error).split())
         raise ArtifactError(
             f"{path} cannot be read as plain YAML ({reason}). Delete the folder to rebuild it."

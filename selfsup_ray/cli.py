@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from selfsup_ray.artifacts import FULL, full_disk
 from selfsup_ray.config import parse_assignment
-from selfsup_ray.errors import ConfigError, UserError
+from selfsup_ray.errors import STORAGE, ConfigError, UserError, failed_storage
 from selfsup_ray.stages import STAGES
 from selfsup_ray.storage import located
 
@@ -33,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"selfsup-ray: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in STORAGE | {*FULL}:
             raise
-        print(f"selfsup-ray: {full_disk(error.filename or 'A file')}", file=sys.stderr)
+        full = error.errno in FULL
+        said = full_disk(error.filename or "A file") if full else failed_storage(error)
+        print(f"selfsup-ray: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goodbye.say()

@@ -20,7 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from selfsup_ray.artifacts import Array, whole_file, write_json
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, unless_storage
 
 Encoding = Literal["raw", "jpeg", "png"]
 
@@ -127,6 +127,7 @@ def damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
+        unless_storage(error)
         reason = " ".join(str(error).split())
         raise ArtifactError(
             f"{path} cannot be read ({reason}). Delete the folder {path.parent.parent} and run "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import glob
 import itertools
 import os
 import re
 import stat
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -30,9 +33,16 @@ from selfsup_ray.data.bundled import PREFIX, bundled_path
 from selfsup_ray.data.images import ImageError, Reason, too_many_bytes
 from selfsup_ray.data.kinds import HEAD_BYTES, is_candidate, is_hidden, suffix_of
 from selfsup_ray.data.listing import Item, shown
+from selfsup_ray.data.remote import head_of, is_file, read_object
 from selfsup_ray.data.tables import Columns, csv_manifest, holds_images, parquet_items, read_rows
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, unless_storage
+from selfsup_ray.object_store import is_folder, is_url, listed
+from selfsup_ray.storage import located
 
+READ_AGAIN_S = (0.1, 0.5, 2.0)
+"""Pauses before a file is read again after an input/output error."""
+OBJECTS_AT_A_TIME = 16
+"""Images on an object store that a task asks for at a time, and holds."""
 MANIFEST_SUFFIXES = (".csv", ".tsv")
 _TAR_ENDS = frozenset(f".{suffix.rpartition('.')[2]}" for suffix in TAR_SUFFIXES)
 
@@ -65,6 +75,9 @@ class Source:
         if text.startswith(PREFIX):
             yield from parquet_items(bundled_path(text), text, self.columns)
             return
+        if is_url(text):
+            yield from self._remote(text)
+            return
         text = os.path.expanduser(text)
         if os.path.isdir(text):
             yield from self._folder(os.path.abspath(text), text.rstrip("/"), "", (), wanted=None)
@@ -78,7 +91,22 @@ class Source:
         else:
             raise ArtifactError(
                 f"There is no source {text}. Give a folder, a glob, a CSV or Parquet file, a tar "
-                f"or zip archive, or {PREFIX}fashion-mnist."
+                f"or zip archive, each here or as s3://bucket/…, or {PREFIX}fashion-mnist."
+            )
+
+    def _remote(self, text: str) -> Iterator[Item]:
+        """Yield what a URL names: a folder, a file or a glob, as a local path would."""
+        url = text.rstrip("/")
+        if is_folder(url):
+            yield from self._folder(url, url, "", (), wanted=None)
+        elif is_file(url):
+            yield from self._given_file(url, url)
+        elif glob.has_magic(url) and is_folder((pattern := Pattern(url)).root):
+            yield from self._folder(pattern.root, pattern.fixed, "", (), wanted=pattern)
+        else:
+            raise ArtifactError(
+                f"There is no source {text}: no object has this name, and none lies below it. "
+                f"Check bucket and folder, and the store's address (AWS_ENDPOINT_URL, AWS_REGION)."
             )
 
     def _nothing_in(self, text: str) -> str:
@@ -92,9 +120,9 @@ class Source:
     def _given_file(self, path: str, text: str) -> Iterator[Item]:
         """Yield what one named file holds: a manifest, a table, an archive, or one image."""
         if suffix_of(path) in MANIFEST_SUFFIXES:
-            yield from csv_manifest(Path(path), self.columns)
+            yield from csv_manifest(located(path), self.columns)
         elif suffix_of(path) == ".parquet":
-            yield from parquet_items(Path(path), text, self.columns)
+            yield from parquet_items(located(path), text, self.columns)
         else:
             yield from self._file(path, text, "")
 
@@ -103,16 +131,16 @@ class Source:
     ) -> Iterator[Item]:
         """Yield the wanted images below a folder, sorted by name at every level.
 
-        path: absolute; name: as the user would write it; folder: below the source.
+        path: absolute, or a URL; name: as the user would write it; folder: below the source.
         """
-        real = os.path.realpath(path)
+        real = path if is_url(path) else os.path.realpath(path)
         if real in above:  # a symbolic link to a folder that it lies in
             self.skipped["looped links"] += 1
             return
         try:
-            with os.scandir(path) as found:
-                entries = sorted((entry.name, entry.is_dir()) for entry in found)
+            entries = _entries(path)
         except OSError as error:
+            unless_storage(error)  # else a whole folder would count as one bad file
             yield broken(shown(name), path, error)
             return
         for entry, is_folder in entries:
@@ -141,12 +169,12 @@ class Source:
 
     def _table(self, path: str, source: str) -> Iterator[Item]:
         try:
-            images = holds_images(Path(path), self.columns)
+            images = holds_images(located(path), self.columns)
         except (OSError, pa.ArrowInvalid) as error:
             yield broken(source, path, error)
             return
         if images:
-            yield from parquet_items(Path(path), source, self.columns)
+            yield from parquet_items(located(path), source, self.columns)
         else:
             self.skipped[".parquet without images"] += 1
 
@@ -212,8 +240,18 @@ def _below(items: Iterable[Item], folder: str) -> Iterator[Item]:
         yield replace(item, folder=f"{folder}/{item.folder}".strip("/"))
 
 
+def _entries(path: str) -> list[tuple[str, bool]]:
+    """Return (name, whether it is a folder) of all in a folder, by name. Raises OSError."""
+    if is_url(path):
+        return [(entry.name, entry.is_folder) for entry in listed(path)]
+    with os.scandir(path) as found:
+        return sorted((entry.name, entry.is_dir()) for entry in found)
+
+
 def _head(path: str) -> bytes:
     try:
+        if is_url(path):
+            return head_of(path)
         if not os.path.isfile(path):  # a pipe would never end
             return b""
         with open(path, "rb") as file:
@@ -233,6 +271,8 @@ def read_items(
     for (container, method), run in groupby(items, key=_place):
         if container is None:
             yield from ((item, _read_file(item, max_bytes)) for item in run)
+        elif method == "remote":
+            yield from _read_objects(run, max_bytes)
         elif method == "row":
             yield from read_rows(run, container, image_column)
         else:
@@ -241,8 +281,33 @@ def read_items(
 
 def _place(item: Item) -> tuple[str | None, str]:
     """Return what items must share to be read in one pass; None: each alone."""
+    if item.method == "file" and is_url(item.container):
+        return "", "remote"
     alone = item.method in ("file", "bad")
     return (None, "") if alone else (item.container, item.method)
+
+
+def _read_objects(
+    items: Iterator[Item], max_bytes: int
+) -> Iterator[tuple[Item, bytes | ImageError]]:
+    """Yield images that are objects of their own, several asked for at a time: each is far away."""
+    with ThreadPoolExecutor(OBJECTS_AT_A_TIME, thread_name_prefix="objects") as pool:
+
+        def start(item: Item) -> tuple[Item, Future[bytes | ImageError]]:
+            return item, pool.submit(_read_object, item, max_bytes)
+
+        ahead = deque(map(start, itertools.islice(items, OBJECTS_AT_A_TIME)))
+        while ahead:
+            item, reading = ahead.popleft()
+            yield item, reading.result()
+            ahead.extend(map(start, itertools.islice(items, 1)))
+
+
+def _read_object(item: Item, max_bytes: int) -> bytes | ImageError:
+    try:
+        return read_object(item.container, max_bytes=max_bytes)
+    except FileNotFoundError:
+        return ImageError("missing", "there is no such object")
 
 
 def _read_file(item: Item, max_bytes: int) -> bytes | ImageError:
@@ -254,11 +319,23 @@ def _read_file(item: Item, max_bytes: int) -> bytes | ImageError:
             return ImageError("not_an_image", "a folder, pipe or device")
         if found.st_size > max_bytes:
             return too_many_bytes(found.st_size, max_bytes)
-        with open(item.container, "rb") as file:
-            return file.read()
+        return _read_patiently(item.container)
     except FileNotFoundError:
         return ImageError("missing", "there is no such file")
     except PermissionError:
         return ImageError("permission", "not allowed to read it")
     except OSError as error:
+        unless_storage(error, but=errno.EIO)  # one that is away says nothing of its images
         return ImageError("unreadable", str(error))
+
+
+def _read_patiently(path: str) -> bytes:
+    """Return a file's bytes; an input/output error may pass, or be a bad block of this file."""
+    for pause_s in READ_AGAIN_S:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            time.sleep(pause_s)
+    return Path(path).read_bytes()

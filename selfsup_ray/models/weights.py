@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfsup_ray.artifacts import read_json, whole_file
 from selfsup_ray.config import build
-from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.errors import ArtifactError, ConfigError, unless_storage
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 from selfsup_ray.models.checkpoint_keys import (
     BODY,
@@ -52,6 +52,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
+        unless_storage(error)
         raise ArtifactError(f"{path} cannot be read as safetensors: {error}.") from None
 
 
@@ -242,5 +243,6 @@ def load_plain(path: Path, *, do: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        unless_storage(error)
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise ArtifactError(f"{path} cannot be loaded as plain tensors ({reason}). {do}") from None
