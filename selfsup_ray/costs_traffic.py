@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from selfsup_ray.models.backbones import build_backbone
-from selfsup_ray.models.norm import BatchNorm, ShuffleNorm, SyncNorm
 from selfsup_ray.models.insdis import NCELoss
+from selfsup_ray.models.norm import BatchNorm, ShuffleNorm, SyncNorm
 from selfsup_ray.models.pretext import (
     BYOL,
     BYOLConfig,
@@ -121,7 +121,7 @@ def _statistics(method: PretextMethod, objective: Pretraining, workers: int) -> 
     if both:
         modules = [m for net in both for m in net.modules() if isinstance(m, BatchNorm)]
         keys = sum(m.num_features for m in modules)
-    forward = sent * workers * 2 * channels * FLOAT
+    forward = sent * workers * 3 * channels * FLOAT  # means, variances, numbers of values
     backward = 2 * sent * 2 * (channels - keys) * FLOAT
     return (forward + backward) * _forwards(method)
 
