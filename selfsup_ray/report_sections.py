@@ -53,6 +53,8 @@ EXPLAINED = {
     "embedding_std": "standard deviation of the unit embeddings, averaged over dimensions: about "
     "1/√d when they spread evenly, 0 when they collapse",
     "positive_similarity": "cosine of two views of one image",
+    "online_accuracy": "of a linear probe on the features as they are, on augmented views before "
+    "it learns from them; the encoder does not see it",
     "queue_fill": "share of the queue that holds keys",
     "consistency": "SCAN's first term: -ln of the agreement of an image and its neighbor",
     "entropy": "of the mean assignment: ln K when clusters are balanced, 0 when they collapse",

@@ -1,9 +1,8 @@
-"""Clustering objectives: SCAN, self-labelling, and the linear probe."""
+"""Clustering objectives: SCAN and self-labelling."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup_ray import collectives
@@ -208,50 +207,4 @@ class SelfLabel(Objective):
 
     def encoder(self) -> Backbone:
         """Return the backbone under the head."""
-        return self.backbone
-
-
-class LinearProbe(Objective):
-    """A linear classifier on a frozen backbone; views: one tensor of images.
-
-    labels: (N,) int64 by the ids that `forward` gets, in [0, num_classes), -1 unknown: left out.
-    The head starts as N(0, 0.01) weights and zero biases (contrastive probes' convention).
-    """
-
-    labels: Tensor
-
-    def __init__(
-        self, backbone: Backbone, labels: Tensor, *, num_classes: int, seed: int = 0
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone.requires_grad_(False)
-        with seeded(seed):
-            self.head = nn.Linear(backbone.dim, num_classes)
-            nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-        self.register_buffer("labels", labels, persistent=False)
-
-    def train(self, mode: bool = True) -> LinearProbe:
-        """Switch the head to training or evaluation; the backbone always evaluates."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the mean cross-entropy of the labelled images of all ranks."""
-        with torch.no_grad():
-            features = self.backbone(views[0])
-        with full_precision(features):
-            logits = self.head(at_least_float32(features))
-        label = self.labels[ids.to(self.labels.device)]
-        summed = F.cross_entropy(logits, label, ignore_index=-1, reduction="sum")
-        correct = (logits.argmax(dim=1) == label).sum()
-        known = (label >= 0).sum()
-        sums = collectives.all_sum(torch.stack([summed, correct.to(summed), known.to(summed)]))
-        count = sums[2].detach().clamp_min(1)
-        loss = sums[0] / count
-        return loss, {"loss": loss.detach(), "accuracy": sums[1].detach() / count}
-
-    def encoder(self) -> Backbone:
-        """Return the frozen backbone."""
         return self.backbone

@@ -39,7 +39,7 @@ class OnlineProbe(Objective):
 
     labels: Tensor
     weight: Tensor
-    bias: Tensor
+    velocity: Tensor
 
     def __init__(
         self, method: Objective, labels: Tensor, *, num_classes: int, config: OnlineProbeConfig

@@ -110,7 +110,7 @@ class BackboneClassifier(Objective):
         factors = losses.new_tensor(list(self.factors.values()))
         if len(losses) > 1:  # a rate that is too high must not end the others
             losses = torch.where(losses.isfinite(), losses, 0.0)
-        metrics = {}
+        metrics: Metrics = {}
         for name, loss, share in zip(self.factors, losses.detach(), correct, strict=True):
             metrics |= {f"loss{name}": loss, f"train_accuracy{name}": share}
         return (losses * factors).sum(), metrics

@@ -13,11 +13,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selfsup_ray.artifacts import Array, begin, finish, read_done, whole_file, write_text
+from selfsup_ray.artifacts import (
+    Array,
+    begin,
+    finish,
+    read_done,
+    whole_file,
+    write_json,
+    write_text,
+)
 from selfsup_ray.config import Resources, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.models.portable import (
+    SUFFIX,
+    Format,
+    portable_clusterer,
+    portable_encoder,
+    preprocessing,
+    write_portable,
+)
 from selfsup_ray.progress import track
 from selfsup_ray.stages.diffuse import Diffusion
 from selfsup_ray.stages.patch_dictionary import FILE as DICTIONARY
@@ -65,6 +81,9 @@ class ExportConfig:
 
     compression: Literal["zstd", "snappy", "none"] = "zstd"
     """Of the tables."""
+    formats: tuple[Format, ...] = ()
+    """The networks for other programs, beside the safetensors: torchscript, onnx. Any batch size;
+    preprocessing.json, also inside each file, says what they expect of images."""
     resources: Resources = Resources(workers=0)
     """The tables are written by this process; they are read once, shard by shard."""
 
@@ -133,6 +152,8 @@ def export(
         use += USE_CLUSTERER
         _copy(clusterer.path, out, "clusterer")
         _write_pseudo_labels(corpus, clusterer, out / "pseudo_labels.parquet", config)
+    if config.formats:
+        _write_networks(encoder, clusterer, out, config.formats)
     if diffusion is not None:
         _write_labels(corpus, diffusion, out / "labels.parquet", config)
     write_text(out / "use.py", use.format(folder=out.as_posix()))
@@ -154,6 +175,23 @@ def _copy(source: Path, out: Path, name: str) -> None:
 def _copy_file(source: Path, out: Path) -> None:
     with whole_file(out / source.name) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def _write_networks(
+    encoder: Encoder, clusterer: Clusterer | None, out: Path, formats: tuple[Format, ...]
+) -> None:
+    images = encoder.description.images
+    parts = {
+        "encoder": (portable_encoder(encoder), images, f"float32 (batch, {encoder.dim}) unit rows")
+    }
+    if clusterer is not None:
+        output = f"float32 (batch, {clusterer.num_clusters}) probabilities"
+        parts["clusterer"] = (portable_clusterer(clusterer), clusterer.description.images, output)
+    described = {name: preprocessing(seen, output=text) for name, (_, seen, text) in parts.items()}
+    write_json(out / "preprocessing.json", described)
+    for name, (network, _, _) in parts.items():
+        for kind in formats:
+            write_portable(network, out / f"{name}{SUFFIX[kind]}", kind, described[name])
 
 
 def _write_pseudo_labels(

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from selfsup_ray.artifacts import begin, finish
 from selfsup_ray.batches import require_cut
 from selfsup_ray.cluster.stream import require_reader
@@ -16,9 +18,11 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.datasets import Dataset, Images
 from selfsup_ray.data.stream import Feed, MappedFeed, Stream, StreamFeed
 from selfsup_ray.data.views import ScanSimCLRViews, Views, ViewsConfig
+from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
 from selfsup_ray.models.encoder import Encoder, save_encoder
 from selfsup_ray.models.norm import LocalNorm, images_together
+from selfsup_ray.models.online_probe import OnlineProbe, OnlineProbeConfig
 from selfsup_ray.models.pretext import (
     PretextMethod,
     Pretraining,
@@ -63,6 +67,10 @@ class PretextConfig(TrainConfig):
     feed: Feed = MappedFeed()
     """How images reach the workers: `mapped` from shards on each node, or `stream`ed to them."""
 
+    online_probe: OnlineProbeConfig | None = None
+    """Watch how well a line separates the labelled classes as training goes on, as
+    `online_accuracy`; the encoder comes out the same, bit for bit. None: no labels are read."""
+
     def __post_init__(self) -> None:
         if isinstance(self.feed, StreamFeed):
             _require_streamable(self.feed, self.method.name, self.batch_size)
@@ -103,7 +111,7 @@ def pretrain(
     out: str | Path,
     tracker: Tracker | None = None,
 ) -> Encoder:
-    """Return the encoder trained on a corpus; no labels are read.
+    """Return the encoder trained on a corpus; labels never reach it.
 
     Raises ConfigError before any work when the batch or the queue cannot be cut as asked.
     """
@@ -114,6 +122,8 @@ def pretrain(
     began = time.perf_counter()
     if config.epochs == 0:
         return _keep_initial(corpus, config, out=out, inputs=inputs, began=began)
+    if config.online_probe is not None and not corpus.has_labels:
+        raise ConfigError("pretext.online_probe needs labels, but no image has one: leave it out.")
     check_method(config.method, batch_size=config.batch_size)
     together = images_together(config.method.batch_norm)
     require_cut(config, together=together, workers=config.resources.workers)
@@ -121,6 +131,8 @@ def pretrain(
         require_reader(config.resources, stage="pretext")
     build = partial(_build, corpus, config)
     objective, state = trained(build, config, stage="pretext", out=out, tracker=tracker)
+    if isinstance(objective, OnlineProbe):
+        objective = objective.method
     assert isinstance(objective, Pretraining)
     save_encoder(
         out,
@@ -138,7 +150,11 @@ def pretrain(
 
 def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Dataset, MakeViews]:
     backbone = _initial_backbone(config)
-    objective = build_pretext(config.method, backbone, num_images=len(corpus), seed=config.seed)
+    objective: Objective = build_pretext(
+        config.method, backbone, num_images=len(corpus), seed=config.seed
+    )
+    if config.online_probe is not None:
+        objective = _watched(objective, config.online_probe, corpus)
     views = Views(
         config.views,
         image_size=corpus.image_size,
@@ -151,6 +167,12 @@ def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Dataset, M
         case StreamFeed():
             size, seed = config.batch_size, config.seed
             return objective, Stream(corpus, config.feed, batch_size=size, seed=seed), views
+
+
+def _watched(method: Objective, probe: OnlineProbeConfig, corpus: Corpus) -> OnlineProbe:
+    labels = corpus.labels()
+    num_classes = int(labels.max()) + 1
+    return OnlineProbe(method, torch.from_numpy(labels), num_classes=num_classes, config=probe)
 
 
 def _initial_backbone(config: PretextConfig) -> Backbone:

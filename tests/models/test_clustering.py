@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
-from selfsup_ray.models.clustering import LinearProbe, Scan, SelfLabel
+from selfsup_ray.models.clustering import Scan, SelfLabel
 
 
 def backbone(width: int = 4) -> Backbone:
@@ -164,44 +163,3 @@ def test_under_bfloat16_the_weak_branch_does_not_cut_the_gradient() -> None:
     loss.backward()
     assert objective.backbone.conv1.weight.grad is not None
     assert objective.backbone.conv1.weight.grad.any()
-
-
-def test_the_probe_reaches_scikit_learns_optimum_and_ignores_unknown_labels() -> None:
-    x = images(30)
-    network = backbone(width=1)
-    features = network.eval()(x).detach()
-    labels = torch.randint(0, 3, (30,), generator=torch.Generator().manual_seed(0))
-    labels[::5] = -1
-    probe = LinearProbe(network, labels, num_classes=3).double().train()
-    optimizer = torch.optim.LBFGS(probe.head.parameters(), max_iter=500, tolerance_grad=1e-9)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss, _ = probe([x], ids(x))
-        (total := loss + 0.01 * probe.head.weight.square().sum()).backward()
-        return total
-
-    optimizer.step(closure)
-    known = labels >= 0
-    reference = LogisticRegression(C=1 / (0.02 * int(known.sum())), tol=1e-9, max_iter=5000)
-    reference.fit(features[known].numpy(), labels[known].numpy())
-    expected = torch.from_numpy(reference.predict_proba(features.numpy()))
-    torch.testing.assert_close(probe.head(features).softmax(dim=1), expected, rtol=1e-4, atol=1e-4)
-    correct = expected.argmax(dim=1)[known] == labels[known]
-    accuracy = probe([x], ids(x))[1]["accuracy"]
-    assert accuracy.item() == pytest.approx(correct.double().mean().item())
-
-
-def test_a_probe_without_any_label_in_the_batch_loses_nothing() -> None:
-    probe = LinearProbe(backbone(), torch.full((4,), -1), num_classes=3).double()
-    loss, metrics = probe([images(4)], torch.arange(4))
-    assert loss.item() == 0 and metrics["accuracy"].item() == 0
-
-
-def test_a_probes_backbone_is_frozen_and_evaluates() -> None:
-    probe = LinearProbe(backbone(), torch.zeros(4, dtype=torch.int64), num_classes=2).double()
-    before = copy.deepcopy(probe.backbone.state_dict())
-    probe.train()([images(4)], torch.arange(4))[0].backward()
-    torch.testing.assert_close(probe.backbone.state_dict(), before, rtol=0, atol=0)
-    assert [name for name, _ in probe.trainable()] == ["head.weight", "head.bias"]
-    assert not probe.head.bias.any()

@@ -1,5 +1,6 @@
 """The exported folder: a row per image, and weights that another process can use."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from torch import nn
 from selfsup_ray.artifacts import Array, ShardedArray, begin, finish
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
-from selfsup_ray.models.backbones import ResNetConfig, build_backbone
+from selfsup_ray.errors import ConfigError
+from selfsup_ray.models.backbones import PatchBackboneConfig, ResNetConfig, build_backbone
 from selfsup_ray.models.clusterer import Clusterer, save_clusterer
 from selfsup_ray.models.encoder import Encoder, save_encoder
 from selfsup_ray.models.inputs import ImageInput
+from selfsup_ray.models.portable import portable_encoder
 from selfsup_ray.stages.diffuse import DiffuseConfig, Diffusion
-from selfsup_ray.stages.export import export, sureness
+from selfsup_ray.stages.export import ExportConfig, export, sureness
 
 TINY = ResNetConfig(name="resnet18", stem="stl", width=4)
 IMAGES = ImageInput(image_size=16)
@@ -143,3 +146,43 @@ def test_labels_that_a_diffusion_spread_have_a_row_per_image(tmp_path: Path):
     assert table["class_name"] == [names[i] if names and i >= 0 else None for i in labels]
     assert table["score"] == [0.75] * 4 + [0.25] + [0.75] * 4 + [0.0]
     assert table["margin"] == [0.5] * 4 + [-0.5] + [0.5] * 4 + [0.0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own: torch.jit.load goes on to exist
+def test_torchscript_and_onnx_compute_what_the_run_does_for_any_batch(tmp_path: Path):
+    import onnxruntime
+
+    corpus = tiny_corpus(tmp_path, 6)
+    clusterer = tiny_clusterer(tmp_path, corpus, np.eye(3)[[0, 1, 2, 0, 1, 2]])
+    encoder = tiny_encoder(tmp_path)
+    config = ExportConfig(formats=("torchscript", "onnx"))
+    out = export(corpus, encoder, clusterer, config, out=tmp_path / "export").path
+    described = json.loads((out / "preprocessing.json").read_text())
+    assert described["encoder"]["mean"] == list(IMAGES.mean)
+    assert described["clusterer"]["output"] == "float32 (batch, 3) probabilities"
+    for size in (1, 5):
+        images = corpus.images(np.arange(size))
+        levels = images.float().contiguous() / 255
+        expected = {
+            "encoder": encoder.embed(images),
+            "clusterer": clusterer.predict(images).probabilities,
+        }
+        for name, want in expected.items():
+            extra = {"preprocessing.json": ""}
+            script = torch.jit.load(out / f"{name}.torchscript.pt", _extra_files=extra)
+            np.testing.assert_allclose(script(levels).numpy(), want, rtol=0, atol=1e-5)
+            assert json.loads(extra["preprocessing.json"]) == described[name]
+            onnx = onnxruntime.InferenceSession(
+                out / f"{name}.onnx", providers=["CPUExecutionProvider"]
+            )
+            (found,) = onnx.run(None, {"images": levels.numpy()})
+            np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+            inside = onnx.get_modelmeta().custom_metadata_map["preprocessing"]
+            assert json.loads(inside) == described[name]
+
+
+def test_an_encoder_of_patches_has_no_onnx_and_says_so(tmp_path: Path):
+    network = build_backbone(PatchBackboneConfig(size=8, k=2, patch_size=3))
+    encoder = save_encoder(tmp_path / "patches", backbone=network, images=IMAGES)
+    with pytest.raises(ConfigError, match=r"export\.formats writes ResNets"):
+        portable_encoder(encoder)

@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from selfsup_ray.artifacts import ShardedArray, begin, finish
+from selfsup_ray.artifacts import ShardedArray, begin, finish, read_done
 from selfsup_ray.config import Resources, build
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
+from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images, write_shapes
 from selfsup_ray.errors import ConfigError, TrainingError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import ResNetConfig, build_backbone
 from selfsup_ray.models.encoder import Encoder, evaluation_view, save_encoder
 from selfsup_ray.models.inputs import ImageInput
+from selfsup_ray.models.online_probe import OnlineProbeConfig
 from selfsup_ray.optim import SGDConfig, StepSchedule, lr_ratio
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.finetune import Finetuned, finetune
+from selfsup_ray.stages.ingest import IngestConfig, ingest
 from selfsup_ray.stages.labelled import require_unchanged
 from selfsup_ray.stages.labelled_config import (
     BYOLLinear,
@@ -36,6 +38,7 @@ from selfsup_ray.stages.labelled_config import (
 from selfsup_ray.stages.labelled_data import labelled_ids, within_budget
 from selfsup_ray.stages.linear import linear
 from selfsup_ray.stages.lowshot_config import HeldOutRows
+from selfsup_ray.stages.pretext import PretextConfig, pretrain
 
 HERE = Resources(workers=0)
 N, TRAIN = 60, 40
@@ -277,4 +280,32 @@ def test_an_experiment_plans_probe_and_fine_tuning(tmp_path: Path) -> None:
                 "pretext": {},
                 "linear": {"name": "cifar", "features": "embeddings"},
             },
+        )
+
+
+def test_pretext_with_an_online_probe_keeps_the_encoder_of_one_without(tmp_path: Path) -> None:
+    write_shapes(tmp_path / "shapes", 20, size=16)
+    settings = IngestConfig(image_size=16, resources=HERE)
+    corpus = ingest(tmp_path / "shapes", settings, out=tmp_path / "ingest")
+
+    def trained(name: str, **values: Any) -> Encoder:
+        config = PretextConfig(
+            epochs=1, batch_size=20, backbone=ResNetConfig(stem="stl", width=4),
+            precision="float32", log_every=1, resources=HERE, **values,
+        )  # fmt: skip
+        return pretrain(corpus, config, out=tmp_path / name)
+
+    alone = trained("alone")
+    watched = trained("watched", online_probe=OnlineProbeConfig())
+    assert alone.fingerprint == watched.fingerprint
+    facts = read_done(watched.path).facts
+    assert (
+        0 <= facts["online_accuracy"] <= 1 and "online_accuracy" not in read_done(alone.path).facts
+    )
+    unlabelled = corpus_of_arrays(tmp_path / "bare", shape_images(20, size=16)[0])
+    with pytest.raises(ConfigError, match="online_probe needs labels"):
+        pretrain(
+            unlabelled,
+            PretextConfig(batch_size=20, online_probe=OnlineProbeConfig(), resources=HERE),
+            out=tmp_path / "none",
         )
