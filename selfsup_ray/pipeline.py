@@ -17,6 +17,7 @@ from selfsup_ray.credentials import masked
 from selfsup_ray.experiment import Experiment, seeded
 from selfsup_ray.planning import UP_TO, plan_experiment, require_room
 from selfsup_ray.report import write_report
+from selfsup_ray.run_lock import alone
 from selfsup_ray.steps import run_stage
 from selfsup_ray.tracking import UNSENT, Store, Tracker, open_run
 
@@ -77,10 +78,11 @@ def run_experiment(
     for step in made.steps:
         if step.state == "current":
             log.info("%s: %s is current", step.stage, experiment.folder(step.stage))
-    if made.to_run or _unsent(experiment):
-        _run_stages(made.to_run, experiment, address)
-    else:
-        write_report(experiment.out)
+    with alone(experiment.out):
+        if made.to_run or _unsent(experiment):
+            _run_stages(made.to_run, experiment, address)
+        else:
+            write_report(experiment.out)
     pseudo_labels = experiment.folder("export") / "pseudo_labels.parquet"
     store = masked(Store.beside(experiment.out, experiment.tracking).uri)
     scores = _scores(experiment.folder("evaluate") / "metrics.json")
@@ -120,6 +122,7 @@ def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | No
         for i, stage in enumerate(stages, start=1):
             log.info("%s: stage %d of the %d to run", stage, i, len(stages))
             _run_tracked(stage, experiment, parent)
+        _catch_up(experiment, parent)
         parent.artifact(out / "experiment.yaml")
         parent.artifact(write_report(out))
 
@@ -152,6 +155,14 @@ def _open_stage(stage: str, experiment: Experiment, parent: Tracker) -> Tracker:
     folder, name = experiment.folder(stage), f"{experiment.out.name}/{stage}"
     params, tracking = getattr(experiment, stage), experiment.tracking
     return open_run(folder, tracking, name=name, params=params, parent=parent)
+
+
+def _catch_up(experiment: Experiment, parent: Tracker) -> None:
+    """Send what an MLflow lacks that was away while a stage ended, if it is back."""
+    for stage in _unsent(experiment):
+        _open_stage(stage, experiment, parent).finish()
+        if stage in _unsent(experiment):  # still away: not a wait for every stage
+            return
 
 
 def _unsent(experiment: Experiment) -> tuple[str, ...]:

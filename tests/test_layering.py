@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "selfsup_ray"
 LEVELS = {
     **dict.fromkeys(["ops", "errors", "credentials", "config", "artifacts"], 0),
     **dict.fromkeys(["collectives", "resources"], 0),
-    **dict.fromkeys(["storage", "storage_cache", "object_store"], 0),
+    **dict.fromkeys(["storage", "storage_cache", "object_store", "run_lock"], 0),
     **dict.fromkeys(["tracking", "plots", "progress", "memory", "interrupts"], 0),
     **dict.fromkeys(["models", "data", "training", "batches", "optim"], 1),
     "cluster": 2,
