@@ -128,3 +128,28 @@ def broadcast(x: Tensor) -> Tensor:
         x = x.contiguous().clone()
         dist.broadcast(x, src=0)
     return x
+
+
+@torch.no_grad()
+def on_first(x: Tensor, shares: Shares, *, at_once: int) -> Tensor:
+    """Return the rows of all ranks on rank 0, and no row elsewhere; every rank must call it.
+
+    x: (n, …), n as `shares` has it. The result of several ranks lies in main memory, whatever the
+    device of x, and travels `at_once` rows at a time; one process gets x itself.
+    """
+    if world_size() == 1:
+        return x
+    if rank() > 0:
+        for part in torch.split(x.contiguous(), at_once):
+            dist.send(part, dst=0)
+        return x.new_empty((0, *x.shape[1:]), device="cpu")
+    whole = x.new_empty((shares.total, *x.shape[1:]), device="cpu")
+    whole[: len(x)] = x
+    rest = whole[len(x) :]
+    for source, n in enumerate(shares.rows[1:], start=1):
+        for part in torch.split(rest[:n], at_once):
+            arrived = torch.empty_like(part, device=x.device)
+            dist.recv(arrived, src=source)
+            part.copy_(arrived)
+        rest = rest[n:]
+    return whole

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from selfsup_ray import collectives
 from selfsup_ray.models.backbones import Backbone, ResNetConfig, build_backbone
-from selfsup_ray.models.clustering import LinearProbe, Scan, SelfLabel
+from selfsup_ray.models.clustering import Scan, SelfLabel
 from selfsup_ray.models.heads import LinearHead, MLPHead
+from selfsup_ray.models.insdis import NCELoss
 from selfsup_ray.models.norm import (
     BatchNorm,
     LocalNorm,
@@ -24,12 +25,22 @@ from selfsup_ray.models.norm import (
     share_running_statistics,
 )
 from selfsup_ray.models.objective import Objective
-from selfsup_ray.models.pretext import MoCoConfig, SimCLRConfig, build_pretext
+from selfsup_ray.models.online_probe import OnlineProbe, OnlineProbeConfig
+from selfsup_ray.models.pretext import (
+    BYOLConfig,
+    InsDis,
+    InsDisConfig,
+    MoCoConfig,
+    SimCLRConfig,
+    build_pretext,
+)
+from selfsup_ray.models.probe import BackboneClassifier
 from selfsup_ray.training import TrainConfig, on_all_ranks
 
 OnRanks = Callable[..., list[Any]]
 BATCH = 16  # global: 4 images a rank on 4 ranks; 6, 5 and 5 on 3, or 8, 4 and 4 in groups of 4
 HEAD = MLPHead(hidden_dim=8, dim=8, batch_norm="hidden")
+HEAD_WITHOUT = MLPHead(hidden_dim=8, dim=8)
 
 
 def backbone() -> Backbone:
@@ -40,6 +51,16 @@ def moco(**values: Any) -> Objective:
     return build_pretext(MoCoConfig(queue_size=64, momentum=0.5, **values), backbone())
 
 
+def insdis(**values: Any) -> Objective:
+    method = InsDisConfig(temperature=0.2, **({"batch_norm": SyncNorm()} | values))
+    return build_pretext(method, backbone(), num_images=21)  # 21 rows divide among no ranks
+
+
+def byol(**values: Any) -> Objective:
+    heads = {"head": HEAD, "predictor": HEAD} | values
+    return build_pretext(BYOLConfig(momentum=0.7, **heads), backbone())
+
+
 def self_label(**values: Any) -> SelfLabel:
     head = nn.Linear(32, 4)
     nn.init.normal_(head.weight, std=0.5, generator=torch.Generator().manual_seed(0))
@@ -47,10 +68,11 @@ def self_label(**values: Any) -> SelfLabel:
     return SelfLabel(backbone(), head, **values)
 
 
-def probe() -> LinearProbe:
+def probe(**values: Any) -> BackboneClassifier:
     labels = torch.arange(BATCH) % 3
     labels[:6] = -1  # ranks know different numbers of labels, the first of four none
-    return LinearProbe(backbone(), labels, num_classes=3)
+    network = backbone()
+    return BackboneClassifier(network, labels, dim=network.dim, num_classes=3, **values)
 
 
 SPLIT, SHUFFLE = SplitNorm(group_size=4), ShuffleNorm(group_size=4)
@@ -68,14 +90,26 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     ),
     "moco split": lambda: moco(head=HEAD, batch_norm=SPLIT),
     "moco sync": lambda: moco(head=HEAD, batch_norm=SyncNorm()),
+    "insdis, split": lambda: insdis(head=HEAD, batch_norm=SPLIT),
+    "insdis nce": lambda: insdis(loss=NCELoss(noise=6, partition="average")),
+    "byol": lambda: byol(),
+    "byol 011, split": lambda: byol(head=HEAD_WITHOUT, target_head=HEAD, batch_norm=SPLIT),
     "scan": lambda: Scan(backbone(), num_clusters=5, num_heads=2),
     "scan, frozen": lambda: Scan(backbone(), num_clusters=5, freeze_backbone=True),
     "self-label": lambda: self_label(threshold=0.6),
     "self-label, unbalanced, averaged": lambda: self_label(threshold=0.6, balance=False, ema=0.5),
     "probe": probe,
+    "probe, three rates": lambda: probe(factors={"a": 1.0, "b": 0.1, "c": 10.0}),
+    "fine-tuning": lambda: probe(frozen=False),
+    "online probe": lambda: OnlineProbe(
+        build_pretext(SimCLRConfig(head=HEAD), backbone()),
+        torch.arange(BATCH) % 3,
+        num_classes=3,
+        config=OnlineProbeConfig(),
+    ),
 }
 
-MAIN = ["simclr", "moco v2, shuffle", "scan", "self-label"]
+MAIN = ["simclr", "moco v2, shuffle", "byol", "scan", "self-label"]
 
 
 def mine(x: Tensor, *, together: int = 1) -> Tensor:
@@ -115,7 +149,12 @@ def trained(name: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
         if objective.should_step():
             optimizer.step()
         objective.after_step(step / steps)
-    return {"history": history, "state": objective.state_dict()}
+        history[-1]["numbers"] = objective.at_record()
+    state = objective.state_dict()
+    if isinstance(objective, InsDis):  # only rank 0's state has every row
+        bank = objective.bank
+        state["bank._extra_state"] = collectives.gather(bank.rows, bank.shares)
+    return {"history": history, "state": state}
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

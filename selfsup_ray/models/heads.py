@@ -25,6 +25,12 @@ class MLPHead:
     batch_norm: Literal["all", "hidden"] | None = None
     """`all`: after every linear layer, none of which has a bias, the last without offset (SimCLR).
     `hidden`: after the hidden layers (BYOL). None: nowhere (MoCo v2, SCAN)."""
+    affine: bool = True
+    """Whether the batch normalisations have a scale and an offset that are learned."""
+
+    def __post_init__(self) -> None:
+        if not self.affine and self.batch_norm is None:
+            raise ValueError("affine=false needs a batch_norm, all or hidden, that it belongs to")
 
 
 @config
@@ -61,6 +67,20 @@ class Head(nn.Sequential):
         self.config = config
         self.dim = dim
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the layers with weights by kind and depth: linear1, norm1, linear2, ...
+
+        Heads with and without batch normalisation call the same linear layers the same.
+        """
+        depth, found = 0, dict[str, nn.Module]()
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                depth += 1
+                found[f"linear{depth}"] = layer
+            elif isinstance(layer, BatchNorm):
+                found[f"norm{depth}"] = layer
+        return found
+
 
 def _mlp(config: MLPHead, in_dim: int) -> list[nn.Module]:
     hidden = config.hidden_dim or in_dim
@@ -69,9 +89,9 @@ def _mlp(config: MLPHead, in_dim: int) -> list[nn.Module]:
     for i in range(config.layers - 1):
         layers.append(nn.Linear(in_dim if i == 0 else hidden, hidden, bias=has_bias))
         if config.batch_norm is not None:
-            layers.append(BatchNorm(hidden))
+            layers.append(BatchNorm(hidden, affine=config.affine))
         layers.append(nn.ReLU(inplace=True))
     layers.append(nn.Linear(hidden, config.dim, bias=has_bias))
     if config.batch_norm == "all":
-        layers.append(BatchNorm(config.dim, offset=False))
+        layers.append(BatchNorm(config.dim, offset=False, affine=config.affine))
     return layers

@@ -58,7 +58,7 @@ def refuse_shuffle(mode: BatchNormMode, *, method: str) -> None:
     """Raise ValueError for a mode that only makes sense for keys."""
     if isinstance(mode, ShuffleNorm):
         raise ValueError(
-            f"batch_norm.name=shuffle is for moco; {method} takes batch_norm.name=sync, split, local"
+            f"batch_norm.name=shuffle is for moco; {method} takes one of sync, split, local"
         )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup_ray.collectives import Shares, equal_shares
+from selfsup_ray.models.collapse import effective_rank
 from selfsup_ray.models.norm import share_running_statistics
 
 if TYPE_CHECKING:
@@ -24,13 +25,18 @@ Metrics = dict[str, Tensor]
 class Objective(nn.Module):
     """A trained method: networks, loss and the state that goes with them (queue, bank, EMA).
 
-    Everything a resumed run needs is a parameter or a buffer. Buffers are equal on all ranks after
-    every `after_step`; DDP is therefore made with broadcast_buffers=False. The mean over ranks of
-    the loss, and of every metric, each weighted by its rank's images, is that of the global batch.
+    Everything a resumed run needs is in `state_dict`, which every rank calls: rank 0's is whole.
+    Buffers are equal on all ranks after every `after_step`, but for the rows of a memory bank; DDP
+    is therefore made with broadcast_buffers=False. The mean over ranks of the loss, and of every
+    metric, each weighted by its rank's images, is that of the global batch.
     """
 
     shares: Shares | None = None
     """How the images of a forward lie on the ranks; `fit` sets it. None: as many on every rank."""
+    num_views: int = 2
+    """Random views of an image that a forward wants."""
+    embedded: Tensor | None = None
+    """(B, d) unit rows of all ranks, of the last forward, in which a collapse would show."""
 
     def shares_of(self, n: int) -> Shares:
         """Return how the images of a forward lie on the ranks, n of them on this one."""
@@ -62,6 +68,15 @@ class Objective(nn.Module):
     def after_step(self, progress: float) -> None:
         """Update what follows the optimizer's step; progress in [0, 1]. Every rank calls it."""
         share_running_statistics(self, self.shares)
+
+    def at_record(self) -> dict[str, float]:
+        """Return numbers for the record that is being made, too dear for every step.
+
+        Every rank calls it and returns the same: the effective rank of the last embeddings.
+        """
+        if self.embedded is None:
+            return {}
+        return {"effective_rank": effective_rank(self.embedded)}
 
     def before_epoch(self, epoch: int, dataset: Dataset) -> None:
         """Prepare an epoch; called on every rank, not again when training resumes inside it."""

@@ -1,248 +1,59 @@
-"""Pretext methods: SimCLR and MoCo, each beside its config."""
+"""Pretext methods: the union of their configs, what they ask of a batch, and how they are built."""
 
 from __future__ import annotations
 
-import copy
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
-from selfsup_ray import collectives
-from selfsup_ray.config import Positive, PositiveFloat, Share, config
-from selfsup_ray.errors import ConfigError
-from selfsup_ray.models.backbones import Backbone, seeded
-from selfsup_ray.models.heads import Head, HeadConfig, MLPHead
-from selfsup_ray.models.norm import BatchNormMode, ShuffleNorm, SyncNorm, set_batch_norm
-from selfsup_ray.models.objective import (
-    Metrics,
-    Objective,
-    embedding_std,
-    full_precision,
-    unit_rows,
-)
-from selfsup_ray.ops.losses import cross_view_nt_xent, info_nce, nt_xent, one_way_nt_xent
-from selfsup_ray.ops.rng import uniforms
+from selfsup_ray.models.backbones import Backbone
+from selfsup_ray.models.byol import BYOL, BYOLConfig
+from selfsup_ray.models.insdis import InsDis, InsDisConfig
+from selfsup_ray.models.moco import MoCo, MoCoConfig, check_moco
+from selfsup_ray.models.simclr import SimCLR, SimCLRConfig
 
+__all__ = [
+    "BYOL",
+    "BYOLConfig",
+    "InsDis",
+    "InsDisConfig",
+    "MoCo",
+    "MoCoConfig",
+    "PretextMethod",
+    "Pretraining",
+    "SimCLR",
+    "SimCLRConfig",
+    "build_pretext",
+    "check_method",
+]
 
-@config
-class SimCLRConfig:
-    """SimCLR (Chen et al. 2020): the views of the whole batch are each other's negatives."""
-
-    name: Literal["simclr"] = "simclr"
-    temperature: PositiveFloat = 0.1
-    """0.1 for ImageNet and in SCAN; SimCLR's paper has 0.5 for CIFAR-10."""
-    loss: Literal["nt_xent", "one_way", "cross_view"] = "nt_xent"
-    """`one_way`: only first views are anchors (SCAN's code). `cross_view`: negatives only from the
-    other view, both directions in one logit (a published CIFAR comparison of SimCLR and BYOL)."""
-    head: HeadConfig = MLPHead()
-    batch_norm: BatchNormMode = SyncNorm()
-    """Over both views of all ranks together; `shuffle` is MoCo's and refused here."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.batch_norm, ShuffleNorm):
-            raise ValueError("batch_norm.name=shuffle is for moco; simclr takes sync, split, local")
+PretextMethod = Annotated[
+    SimCLRConfig | MoCoConfig | BYOLConfig | InsDisConfig, Field(discriminator="name")
+]
+Pretraining = SimCLR | MoCo | BYOL | InsDis
+"""An objective with a backbone and a head."""
 
 
-@config
-class MoCoConfig:
-    """MoCo (He et al. 2020); the defaults are v2. v1: head.name=linear, temperature=0.07."""
-
-    name: Literal["moco"] = "moco"
-    queue_size: Positive = 65536
-    """Keys kept as negatives: a multiple of the keys per step, and well below the corpus's size."""
-    momentum: Share = 0.999
-    """Share of the key network that stays, each step; 0.99 for short CIFAR runs."""
-    temperature: PositiveFloat = 0.2
-    symmetric: bool = False
-    """Each view is query once and key once; the queue then takes two keys per image."""
-    head: HeadConfig = MLPHead()
-    batch_norm: BatchNormMode = ShuffleNorm()
-    """`local` and `sync` leak which key belongs to which query: see ShuffleNorm."""
-
-
-PretextMethod = Annotated[SimCLRConfig | MoCoConfig, Field(discriminator="name")]
-
-LOSSES = {"nt_xent": nt_xent, "one_way": one_way_nt_xent, "cross_view": cross_view_nt_xent}
-
-
-def check_method(method: SimCLRConfig | MoCoConfig, *, batch_size: int) -> None:
+def check_method(method: PretextMethod, *, batch_size: int) -> None:
     """Raise ConfigError when a method cannot train on global batches of batch_size images."""
-    if not isinstance(method, MoCoConfig):
-        return
-    keys = batch_size * (2 if method.symmetric else 1)
-    if method.queue_size % keys:
-        near = max(1, round(method.queue_size / keys)) * keys
-        raise ConfigError(
-            f"method.queue_size={method.queue_size} must be a multiple of the {keys} keys that one "
-            f"step makes (batch_size={batch_size}). Choose e.g. {near}."
-        )
-    if isinstance(method.batch_norm, ShuffleNorm):
-        _check_groups(method.batch_norm.group_size, batch_size)
-
-
-def _check_groups(group_size: int, batch_size: int) -> None:
-    if batch_size % group_size or batch_size == group_size:
-        raise ConfigError(
-            f"method.batch_norm.group_size={group_size} must divide batch_size={batch_size} into "
-            f"two groups or more, between which the keys are shuffled. Choose e.g. half of it."
-        )
+    if isinstance(method, MoCoConfig):
+        check_moco(method, batch_size=batch_size)
 
 
 def build_pretext(
-    method: SimCLRConfig | MoCoConfig, backbone: Backbone, *, seed: int = 0
-) -> SimCLR | MoCo:
-    """Return the objective of a method around a backbone; the seed draws the head and the queue."""
+    method: PretextMethod, backbone: Backbone, *, num_images: int | None = None, seed: int = 0
+) -> Pretraining:
+    """Return the objective of a method around a backbone; the seed draws head, queue and bank.
+
+    num_images: of the corpus, which instance discrimination has a row for each of.
+    """
     match method:
         case SimCLRConfig():
             return SimCLR(method, backbone, seed=seed)
         case MoCoConfig():
             return MoCo(method, backbone, seed=seed)
-
-
-class SimCLR(Objective):
-    """SimCLR's network and loss; views: two tensors of the same images."""
-
-    def __init__(self, method: SimCLRConfig, backbone: Backbone, *, seed: int = 0) -> None:
-        super().__init__()
-        self.method = method
-        self.backbone = backbone
-        with seeded(seed):
-            self.head = Head(method.head, backbone.dim)
-        set_batch_norm(self, method.batch_norm)
-
-    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the mean loss of this rank's anchors against the views of all ranks."""
-        # One batch of both views: batch normalisation is over 2B rows, as in SimCLR's own code.
-        out = self.head(self.backbone(torch.cat(views)))
-        with full_precision(out):
-            z0, z1 = unit_rows(out).chunk(2)
-            shares = self.shares_of(len(z0))
-            both = collectives.gather(torch.cat([z0, z1], dim=1), shares)  # (B, 2d), one traffic
-            all0, all1 = both.chunk(2, dim=1)
-            loss = LOSSES[self.method.loss](
-                *(z0, z1),
-                temperature=self.method.temperature,
-                contrast=(all0, all1),
-                first=shares.first,
-            )
-        metrics = {
-            "loss": loss.detach(),
-            "embedding_std": embedding_std(all0),
-            "positive_similarity": (z0 * z1).sum(dim=1).mean().detach(),
-        }
-        return loss, metrics
-
-    def encoder(self) -> Backbone:
-        """Return the trained backbone."""
-        return self.backbone
-
-
-def _as_network_sees(images: Tensor) -> Tensor:
-    """Return images as the first layer under autocast rounds them anyway: half the traffic."""
-    device = images.device.type
-    return (
-        images.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else images
-    )
-
-
-class MoCo(Objective):
-    """MoCo's query and key networks, queue and loss; views: two tensors of the same images.
-
-    The paper updates the key network before a batch's forward; here that happens after the step
-    before it, which is the same, as both networks start equal. The keys of a step enter the queue
-    after it. ShuffleBN permutes the keys of all ranks and normalises them in groups of fixed size,
-    so one process with groups of 32 computes what 8 ranks with 32 images each do.
-    """
-
-    queue: Tensor
-    keys_seen: Tensor
-
-    def __init__(self, method: MoCoConfig, backbone: Backbone, *, seed: int = 0) -> None:
-        super().__init__()
-        self.method = method
-        self.backbone = backbone
-        with seeded(seed):
-            self.head = Head(method.head, backbone.dim)
-            queue = F.normalize(torch.randn(method.queue_size, self.head.dim), dim=1)
-        set_batch_norm(self, method.batch_norm)
-        self.key_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.register_buffer("queue", queue)
-        self.register_buffer("keys_seen", torch.zeros((), dtype=torch.int64))
-        self._new_keys: list[Tensor] = []
-
-    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the mean loss of this rank's queries, view 0, against their keys and the queue."""
-        first, second = views
-        check_method(self.method, batch_size=self.shares_of(len(first)).total)
-        loss, metrics = self._match(first, second)
-        if not self.method.symmetric:
-            return loss, metrics
-        back, back_metrics = self._match(second, first)
-        both = {key: (metrics[key] + back_metrics[key]) / 2 for key in metrics}
-        return loss + back, both | {"loss": metrics["loss"] + back_metrics["loss"]}
-
-    def _match(self, query_images: Tensor, key_images: Tensor) -> tuple[Tensor, Metrics]:
-        out = self.head(self.backbone(query_images))
-        all_keys = self._keys(key_images)  # (B, d), in the order of the images
-        if self.training:
-            self._new_keys.append(all_keys)
-        k = all_keys[self.shares_of(len(out)).first :][: len(out)]
-        with full_precision(out):
-            q = unit_rows(out)
-            loss = info_nce(q, k, self.queue, temperature=self.method.temperature)
-        fill = self.keys_seen.clamp_max(len(self.queue)) / len(self.queue)
-        metrics = {
-            "loss": loss.detach(),
-            "embedding_std": embedding_std(all_keys),
-            "positive_similarity": (q * k).sum(dim=1).mean().detach(),
-            "queue_fill": fill,
-        }
-        return loss, metrics
-
-    @torch.no_grad()
-    def _keys(self, images: Tensor) -> Tensor:
-        """Return the unit keys (B, d) of all ranks' images, in the order of the images."""
-        shares = self.shares_of(len(images))
-        if not isinstance(self.method.batch_norm, ShuffleNorm):
-            return collectives.gather(unit_rows(self.key_head(self.key_backbone(images))), shares)
-        everyone = collectives.gather(_as_network_sees(images), shares)
-        order = self._order(len(everyone))
-        mine = everyone[order[shares.first :][: shares.mine]]
-        shuffled = collectives.gather(unit_rows(self.key_head(self.key_backbone(mine))), shares)
-        keys = torch.empty_like(shuffled)
-        keys[order] = shuffled
-        return keys
-
-    def _order(self, n: int) -> Tensor:
-        """Return a permutation of n that is the same on every rank, new each step."""
-        numbers = self.keys_seen + torch.arange(n, device=self.keys_seen.device)
-        stream = len(self._new_keys)  # differs between the forwards of one step
-        draws = uniforms(seed=0, epoch=0, ids=numbers, draws=1, stream=stream)[:, 0]
-        return draws.argsort(stable=True)
-
-    @torch.no_grad()
-    def after_step(self, progress: float) -> None:
-        """Enqueue the step's keys, then move the key network's parameters towards the query's."""
-        super().after_step(progress)
-        for keys in self._new_keys:
-            self._enqueue(keys)
-        self._new_keys = []
-        for key_net, net in ((self.key_backbone, self.backbone), (self.key_head, self.head)):
-            # Parameters only: running statistics are each network's own.
-            for key_parameter, parameter in zip(
-                key_net.parameters(), net.parameters(), strict=True
-            ):
-                key_parameter.lerp_(parameter, 1 - self.method.momentum)
-
-    def _enqueue(self, keys: Tensor) -> None:
-        places = (self.keys_seen + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue.index_copy_(0, places, keys.to(self.queue.dtype))
-        self.keys_seen += len(keys)
-
-    def encoder(self) -> Backbone:
-        """Return the query backbone."""
-        return self.backbone
+        case BYOLConfig():
+            return BYOL(method, backbone, seed=seed)
+        case InsDisConfig():
+            assert num_images is not None, "a memory bank has a row for each image: give num_images"
+            return InsDis(method, backbone, num_images=num_images, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,37 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, *, temperature: float) -> Tens
     positive = (q * k).sum(dim=1) / temperature
     negatives = torch.logsumexp(q / temperature @ queue.T, dim=1)
     return (torch.logaddexp(positive, negatives) - positive).mean()
+
+
+def instance_softmax(own: Tensor, everyone: Tensor) -> Tensor:
+    """Instance discrimination by the full softmax (Wu et al. 2018, eq. 2), the mean, in nats.
+
+    own: (n,) similarity of each image to its own row of the bank, over the temperature.
+    everyone: (n,) log of the sum of exp of its similarities to all rows, over the temperature.
+    """
+    return (everyone - own).mean()
+
+
+def nce(logits: Tensor, *, log_partition: Tensor, num_images: int) -> Tensor:
+    """Noise-contrastive instance discrimination (Wu et al. 2018, eq. 7), the mean, in nats.
+
+    logits: (n, 1 + K) similarities to bank rows over the temperature, to the image's own row first,
+    then to K rows drawn uniformly from num_images. log_partition: ln Z, a scalar. With
+    p = exp(logits) / Z and K / num_images as the density of the noise, the own row should be judged
+    data and the others noise. Exact in the log domain, where the published code adds 1e-7.
+    """
+    noise = logits.shape[1] - 1
+    odds = logits - log_partition - math.log(noise / num_images)  # ln(p / (K Pn))
+    is_data, is_noise = F.logsigmoid(odds[:, 0]), F.logsigmoid(-odds[:, 1:])
+    return -(is_data + is_noise.sum(dim=1)).mean()
+
+
+def bootstrap(p: Tensor, z: Tensor) -> Tensor:
+    """One term of BYOL's loss (Grill et al. 2020, eq. 2): the mean of |p - z|^2, in [0, 4].
+
+    p, z: (n, d) unit rows, the predictions and the targets; z should not require a gradient.
+    """
+    return (2 - 2 * (p * z).sum(dim=1)).mean()
 
 
 @dataclass(frozen=True)
