@@ -1,0 +1,201 @@
+"""Trains on two nodes, of which the one with rank 0 is killed, and on a third that comes later.
+
+Run by test_elastic.py in a process of its own, since a session of Ray may exist beside it only
+there. Writes `result.json`: who trained which step where, and how far the weights are from those
+of a training in one process.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from torch import Tensor
+
+from selfsup_ray import collectives
+from selfsup_ray.cluster import train as trainer
+from selfsup_ray.models.backbones import ResNetConfig, build_backbone
+from selfsup_ray.models.pretext import SimCLR, SimCLRConfig
+from selfsup_ray.ops.rng import uniforms
+from selfsup_ray.optim import SGDConfig
+from selfsup_ray.resources import TrainResources
+from selfsup_ray.tracking import Tracker
+from selfsup_ray.training import State, TrainConfig, TrainJob
+
+N, BATCH, EPOCHS = 75, 15, 4  # batches of 15: 8 images on one worker and 7 on the other
+STEPS = EPOCHS * N // BATCH
+LOST_AT, GROWN_AT = 7, 13  # in the middle of epochs; checkpoints are made every 3 steps
+STORE = 150 * 2**20
+SEES_A_DEAD_NODE_SOON = {  # a killed one refuses at once; a busy one may take its time
+    "health_check_initial_delay_ms": 5000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 20_000,
+    "health_check_failure_threshold": 4,
+}
+
+
+class Noise:
+    """Random images."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.images = torch.randint(0, 256, (N, 3, 8, 8), generator=generator, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return N
+
+    def batch(self, ids: np.ndarray, *, epoch: int) -> list[Tensor]:
+        return [self.images[torch.from_numpy(ids)]]
+
+
+class Watched(SimCLR):
+    """SimCLR that counts how often each image was trained on, and stops for the cluster to change.
+
+    The counts and the number of workers at each step are part of the state: what was trained after
+    the last checkpoint before a loss does not count.
+    """
+
+    seen: Tensor
+    workers: Tensor
+
+    def __init__(self, folder: Path, *, alone: bool) -> None:
+        super().__init__(
+            SimCLRConfig(temperature=0.5), build_backbone(ResNetConfig(stem="cifar", width=4))
+        )
+        self.folder, self.alone = folder, alone
+        self.register_buffer("seen", torch.zeros(EPOCHS, N))
+        self.register_buffer("workers", torch.zeros(STEPS))
+
+    def forward(self, views: list[Tensor], ids: Tensor) -> Any:
+        step = int((self.workers > 0).sum())
+        now = torch.zeros(N).index_fill(0, ids, 1.0)
+        self.seen[step * BATCH // N] += collectives.all_sum(now)
+        self.workers[step] = collectives.world_size()
+        if not self.alone:
+            self._note(step)
+        return super().forward(views, ids)
+
+    def _note(self, step: int) -> None:
+        rank, size = collectives.rank(), collectives.world_size()
+        node = ray.get_runtime_context().get_node_id()
+        note = {"step": step, "rank": rank, "workers": size, "node": node, "time": time.time()}
+        with open(self.folder / "notes.jsonl", "a") as file:
+            file.write(json.dumps(note) + "\n")
+        is_early = step == GROWN_AT and size == 1
+        if (step == LOST_AT and size == 2 and rank == 0) or is_early:
+            time.sleep(300)  # ended by the loss of the node, or by the growth of the cluster
+
+
+def two_views(images: list[Tensor], ids: Tensor, epoch: int) -> list[Tensor]:
+    noise = [uniforms(seed=3, epoch=epoch, ids=ids, draws=192, stream=view) for view in range(2)]
+    return [images[0] / 255 - 0.5 + 0.2 * one.view_as(images[0]) for one in noise]
+
+
+def build(folder: Path, alone: bool) -> tuple[Watched, Noise, Any]:
+    return Watched(folder, alone=alone), Noise(), two_views
+
+
+def trained(folder: Path, resources: TrainResources) -> State:
+    config = TrainConfig(
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        optim=SGDConfig(lr=0.003),
+        precision="float32",
+        log_every=2,
+        checkpoint_every=3,
+        resources=resources,
+    )
+    job = TrainJob(partial(build, folder, resources.workers == 0), config)
+    out = folder / ("alone" if resources.workers == 0 else "elastic")
+    out.mkdir(exist_ok=True)
+    return trainer.train(job, out=out, tracker=Tracker(out, None))
+
+
+def notes(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "notes.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(folder: Path, step: int, workers: int) -> dict[str, Any]:
+    """Return rank 0's note of a step on so many workers, once there is one."""
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        for note in notes(folder):
+            if (note["step"], note["workers"], note["rank"]) == (step, workers, 0):
+                return note
+        time.sleep(0.05)
+    raise TimeoutError(f"no step {step} on {workers} workers; {notes(folder)[-3:]}")
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node; on a busy machine its agents may not be up in the time that Ray gives them."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:
+            failed = error
+    raise failed
+
+
+def change(cluster: Any, folder: Path, nodes: list[Any], times: dict[str, float]) -> None:
+    """Kill the node of rank 0 in the middle of an epoch, and give another one later."""
+    doomed = wait_for(folder, LOST_AT, 2)["node"]
+    [lost] = [node for node in nodes if node.node_id == doomed]
+    cluster.remove_node(lost, allow_graceful=False)
+    times["killed"] = time.time()
+    times["on_one"] = wait_for(folder, GROWN_AT, 1)["time"]
+    times["added"] = time.time()
+    patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=STORE))
+
+
+def main(folder: Path) -> None:
+    """Train on a cluster that changes, then in this process, and write `result.json`."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"
+    trainer.RESIZE_CHECK_S = 1.0
+    head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+    head["_system_config"] = SEES_A_DEAD_NODE_SOON
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    add = partial(cluster.add_node, object_store_memory=STORE)
+    # Packed, both workers would be on the first.
+    nodes = [patiently(partial(add, num_cpus=n)) for n in (2, 1)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    times, states = {"started": time.time()}, list[State]()
+    ask = TrainResources(workers=2, min_workers=1, placement="spread")
+    thread = threading.Thread(target=lambda: states.append(trained(folder, ask)))
+    thread.start()
+    change(cluster, folder, nodes, times)
+    thread.join(900)
+    times["ended"] = time.time()
+    [elastic] = states
+    alone = trained(folder, TrainResources(workers=0))
+    weights = [
+        torch.cat([x.flatten() for name, x in sorted(state["objective"].items()) if "." in name])
+        for state in (elastic, alone)
+    ]
+    result = {
+        "steps": elastic["step"],
+        "notes": notes(folder),
+        "times": times,
+        "seen": elastic["objective"]["seen"].tolist(),
+        "workers": elastic["objective"]["workers"].int().tolist(),
+        "difference": float((weights[0] - weights[1]).norm() / weights[1].norm()),
+        "losses": [[r["loss"] for r in state["history"]] for state in (elastic, alone)],
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
