@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -19,6 +21,8 @@ from typing import IO, Any
 from selfsup_ray.data.images import ImageError, Reason, too_many_bytes
 from selfsup_ray.data.kinds import HEAD_BYTES, IMAGE_SUFFIXES, folder_of, is_candidate, suffix_of
 from selfsup_ray.data.listing import Item, shown
+from selfsup_ray.data.remote import opened
+from selfsup_ray.errors import unless_storage
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZIP_SUFFIXES = (".zip",)
@@ -31,6 +35,7 @@ _MAX_SIDECAR_BYTES = 1_000_000
 
 def broken(source: str, path: str, error: Exception) -> Item:
     """Return the item that accounts for an archive or table whose content cannot be listed."""
+    unless_storage(error, but=errno.EIO)
     detail = f"{type(error).__name__}: {error}"
     match error:
         case FileNotFoundError():
@@ -60,7 +65,7 @@ def tar_items(path: str, source: str, *, label_key: str, skipped: Counter[str]) 
 def _parts(path: str, source: str, skipped: Counter[str]) -> Iterator[tuple[Item, bytes | None]]:
     """Yield (image, None) and (sidecar, its bytes), and last what is wrong with the archive."""
     try:
-        with tarfile.open(path, "r:*") as tar:
+        with opened(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
             yield from _members(tar, path, source, skipped)
             lost = _lost_tail(tar)
         if lost:
@@ -149,7 +154,7 @@ def _lost_tail(tar: tarfile.TarFile) -> str | None:
 def zip_items(path: str, source: str, *, skipped: Counter[str]) -> Iterator[Item]:
     """Yield the images of a zip file by name; its directory is read, no member is unpacked."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
                 if info.is_dir():
                     continue
@@ -196,21 +201,27 @@ def read_members(
     """Yield the bytes of some members of one archive, in one pass, or why there are none."""
     waiting = iter(items)
     try:
-        with _opened(path) as file:
+        with _unpacked(path) as file:
             for item in waiting:
                 yield item, _read_member(file, item, max_bytes)
     except OSError as error:
+        unless_storage(error, but=errno.EIO)
         reason: Reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         for item in waiting:
             yield item, ImageError(reason, f"its archive {path}: {error.strerror or error}")
 
 
-def _opened(path: str) -> IO[bytes]:
-    """Return an archive opened for reading, unpacked when the whole of it is compressed."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    opener = _OPENERS.get(start, open)
-    return opener(path, "rb")  # type: ignore[no-any-return]
+@contextmanager
+def _unpacked(path: str) -> Iterator[IO[bytes]]:
+    """Yield an archive opened for reading, unpacked when the whole of it is compressed."""
+    with opened(path) as file:
+        opener = _OPENERS.get(file.read(2))
+        file.seek(0)
+        if opener is None:
+            yield file
+            return
+        with opener(file, "rb") as unpacked:
+            yield unpacked
 
 
 def _read_member(file: IO[bytes], item: Item, max_bytes: int) -> bytes | ImageError:

@@ -143,15 +143,15 @@ class Source:
             unless_storage(error)  # else a whole folder would count as one bad file
             yield broken(shown(name), path, error)
             return
-        for entry, is_folder in entries:
+        for entry, is_dir in entries:
             full, inner = f"{name}/{entry}" if name else entry, f"{path}/{entry}"
             if is_hidden(entry):
                 self.skipped["hidden"] += 1
-            elif is_folder and (wanted is None or wanted.may_lead_to(full)):
+            elif is_dir and (wanted is None or wanted.may_lead_to(full)):
                 below = f"{folder}/{shown(entry)}".lstrip("/")
                 inside = None if wanted is None or wanted.matches(full) else wanted
                 yield from self._folder(inner, full, below, (*above, real), wanted=inside)
-            elif not is_folder and (wanted is None or wanted.matches(full)):
+            elif not is_dir and (wanted is None or wanted.matches(full)):
                 yield from self._file(inner, full, folder)
 
     def _file(self, path: str, name: str, folder: str) -> Iterator[Item]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import math
 from collections import deque
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 from selfsup_ray.data.images import ImageError
 from selfsup_ray.data.kinds import folder_of
 from selfsup_ray.data.listing import Item
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.data.remote import parquet_file
+from selfsup_ray.errors import ArtifactError, unless_storage
+from selfsup_ray.object_store import is_url
 
 _BATCH_ROWS = 128  # of encoded images in memory at a time
 _CLASS_NAME = "class_name"
@@ -80,7 +83,7 @@ def csv_manifest(path: Path, columns: Columns) -> Iterator[Item]:
 def _named_file(manifest: Path, name: str, label: Any, class_name: Any) -> Item:
     return Item(
         name,
-        str(manifest.parent.absolute() / name),
+        name if is_url(name) else str(manifest.parent.absolute() / name),
         folder=folder_of(name),
         label=label_text(label),
         class_name=label_text(class_name),
@@ -89,13 +92,14 @@ def _named_file(manifest: Path, name: str, label: Any, class_name: Any) -> Item:
 
 def holds_images(path: Path, columns: Columns) -> bool:
     """Return whether a Parquet file has a column of image bytes."""
-    schema = pq.read_schema(path)
+    with parquet_file(str(path)) as file:
+        schema = file.schema_arrow
     for name in {columns.image, columns.path, columns.label, _CLASS_NAME} & set(schema.names):
         _require_plain(path, schema.field(name))
     return columns.image in schema.names and _is_image_type(schema.field(columns.image).type)
 
 
-def _require_plain(path: Path, field: pa.Field, column: str = "") -> None:
+def _require_plain(path: Path | str, field: pa.Field, column: str = "") -> None:
     """Raise ArtifactError for a column of an extension type, at any depth.
 
     Reading such a value calls code of whoever registered the type; Ray's unpickles it. Where nobody
@@ -126,7 +130,7 @@ def parquet_items(path: Path, source: str, columns: Columns) -> Iterator[Item]:
     Raises ArtifactError when it has neither an image column nor a path column.
     """
     has_images = holds_images(path, columns)
-    with pq.ParquetFile(path) as file:
+    with parquet_file(str(path)) as file:
         names = file.schema_arrow.names
         if not has_images:
             _require_columns(path, names, (columns.path,))
@@ -177,13 +181,14 @@ def read_rows(
     """
     wanted = deque(items)
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+        with parquet_file(path) as file:
             if column in file.schema_arrow.names:
-                _require_plain(Path(path), file.schema_arrow.field(column))
+                _require_plain(path, file.schema_arrow.field(column))
             for row, value in _images_from(file, wanted[0].offset, wanted[-1].offset, column):
                 if wanted and row == wanted[0].offset:
                     yield wanted.popleft(), _image_bytes(value.as_py())
     except (OSError, pa.ArrowInvalid) as error:
+        unless_storage(error, but=errno.EIO)
         detail = f"{path}: {error}"
         yield from ((item, ImageError("unreadable", detail)) for item in wanted)
 
