@@ -17,6 +17,7 @@ import yaml
 from selfsup_ray import plots
 from selfsup_ray.config import flatten
 from selfsup_ray.data.corpus import Corpus
+from selfsup_ray.models.collapse import collapse_warning
 from selfsup_ray.report_html import (
     Section,
     bar,
@@ -48,10 +49,12 @@ DUPLICATES = 5
 SAMPLE = 24
 """Images shown of the corpus."""
 
-NOT_CURVES = ("step", "epoch", "time", "loss", "lr", "images_per_s", "data_wait_share")
+NOT_CURVES = ("step", "epoch", "time", "loss", "lr", "images_per_s", "data_wait_share", "collapsed")
 EXPLAINED = {
-    "embedding_std": "standard deviation of the unit embeddings, averaged over dimensions: about "
-    "1/√d when they spread evenly, 0 when they collapse",
+    "embedding_std": "standard deviation of the unit embeddings, averaged over dimensions, times "
+    "√d: 1 when they spread evenly, 0 when they collapse",
+    "effective_rank": "exp of the entropy of the eigenvalues of the embeddings' covariance, of one "
+    "batch: the dimensions in use",
     "positive_similarity": "cosine of two views of one image",
     "online_accuracy": "of a linear probe on the features as they are, on augmented views before "
     "it learns from them; the encoder does not see it",
@@ -143,7 +146,7 @@ def _curves(stage: StageFolder) -> str:
         )
         for group, ylabel, title in panels[:MOST_CURVES]
     ]
-    notes = []
+    notes = [f"Warning: {collapse_warning(r)}" for r in records if "collapsed" in r]
     if explained := [f"{key}: {text}" for key, text in EXPLAINED.items() if key in values]:
         notes.append(f"{'; '.join(explained)}.")
     if len(panels) > MOST_CURVES:

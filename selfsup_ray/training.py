@@ -22,6 +22,7 @@ from selfsup_ray.collectives import all_sum, rank, world_size
 from selfsup_ray.config import NonNegative, Positive, config
 from selfsup_ray.errors import TrainingError
 from selfsup_ray.memory import kept
+from selfsup_ray.models.collapse import mark_collapse
 from selfsup_ray.models.norm import group_size
 from selfsup_ray.models.weights import load_plain
 from selfsup_ray.optim import (
@@ -150,7 +151,8 @@ def fit(
         while step < batches.total_steps:
             epoch, progress = step // batches.steps_per_epoch, step / batches.total_steps
             if step % batches.steps_per_epoch == 0:
-                objective.before_epoch(epoch, dataset)  # SeLa relabels here
+                objective.before_epoch(epoch, dataset)
+            objective.before_step(step * config.batch_size, dataset)  # SeLa relabels here
             lr = lr_at(config, progress)
             set_lr(optimizer, lr)
             seed_step(config.seed, step)
@@ -173,7 +175,9 @@ def fit(
             numbers = objective.after_epoch(epoch) if ends else {}  # accuracy on test images
             # A checkpoint closes the record: a state then never holds half a mean, nor a NaN.
             if checkpoint or numbers or step % config.log_every == 0:
-                history.append(meter.record(step, lr, batches) | numbers)
+                record = meter.record(step, lr, batches) | objective.at_record() | numbers
+                history.append(record)
+                mark_collapse(history)
                 on_log(history[-1])
             if checkpoint:
                 on_checkpoint(now())

@@ -31,12 +31,14 @@ def effective_rank(z: Tensor) -> float:
     return float(torch.special.entr(p).sum().exp())
 
 
-def first_collapse(history: Sequence[Mapping[str, float]]) -> int | None:
-    """Return the place of the record that confirms the first collapse, None without one."""
-    for i in range(IN_A_ROW, len(history) + 1):
-        if any(_stays_low(history[i - IN_A_ROW : i], name) for name in LEAST):
-            return i - 1
-    return None
+def mark_collapse(history: Sequence[dict[str, float]]) -> None:
+    """Set `collapsed` to 1 in the newest record, if it confirms the first collapse of a history."""
+    if not any("collapsed" in record for record in history) and _confirmed(history[-IN_A_ROW:]):
+        history[-1]["collapsed"] = 1.0
+
+
+def _confirmed(records: Sequence[Mapping[str, float]]) -> bool:
+    return len(records) == IN_A_ROW and any(_stays_low(records, name) for name in LEAST)
 
 
 def _stays_low(records: Sequence[Mapping[str, float]], name: str) -> bool:
