@@ -1,4 +1,4 @@
-"""Faults around a run: a full disk, an MLflow that is away, storage that cannot be read."""
+"""Faults around a run: a full disk, an MLflow that is away, storage that fails or is slow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,19 @@ import torch
 import yaml
 from mlflow import MlflowClient
 
-from selfsup_ray import cli
+from selfsup_ray import cli, pipeline, tracking
 from selfsup_ray.artifacts import ShardedArray, create_mapped
+from selfsup_ray.config import Resources
+from selfsup_ray.data import sources
 from selfsup_ray.data.shard_files import shard_path
 from selfsup_ray.data.synthetic import write_shapes
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.models.weights import write_weights
 from selfsup_ray.pipeline import run
+from selfsup_ray.stages.ingest import IngestConfig, ingest
+from selfsup_ray.steps import run_stage
 from selfsup_ray.tracking import read_records
-from selfsup_ray.training import save_state
+from selfsup_ray.training import load_state, save_state
 
 HERE = {"workers": 0}
 SMALL = {"epochs": 1, "batch_size": 16, "precision": "float32", "resources": HERE}
@@ -184,7 +189,151 @@ def test_a_run_whose_mlflow_is_away_warns_once_and_sends_its_numbers_later(
     assert len(client.search_runs([found.experiment_id])) == len(runs), "sent once"
 
 
+SERVER = """
+import os, sys
+os.environ["_MLFLOW_SERVER_FILE_STORE"] = sys.argv[1]
+os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = sys.argv[2]
+from mlflow.server import app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", int(sys.argv[3]), app, threaded=True)
+print("listens", flush=True)
+server.serve_forever()
+"""
+
+
+def mlflow_server(folder: Path, port: int) -> subprocess.Popen[str]:
+    """Return a tracking server that listens; what it is told it keeps in a file."""
+    store, artifacts = f"sqlite:///{folder / 'server.db'}", (folder / "artifacts").as_uri()
+    command = [sys.executable, "-c", SERVER, store, artifacts, str(port)]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder
+    )
+    assert server.stdout is not None and server.stdout.readline() == "listens\n"
+    return server
+
+
+@pytest.mark.slow
+def test_an_mlflow_server_killed_in_the_middle_and_started_again_lacks_nothing(
+    finished, tmp_path, monkeypatch, caplog
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    servers = [mlflow_server(tmp_path, port)]
+
+    def stage_with_fault(stage: str, *rest: Any) -> None:
+        if stage == "pretext":
+            servers[0].kill()
+        if stage == "graph":
+            servers.append(mlflow_server(tmp_path, port))
+        run_stage(stage, *rest)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(tracking, "RETRY_AFTER_S", 0.0)
+    monkeypatch.setattr(pipeline, "run_stage", stage_with_fault)
+    try:
+        with caplog.at_level(logging.WARNING, logger="selfsup_ray"):
+            run(finished, {"out": str(tmp_path / "finished")})
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
+    assert len([m for m in caplog.messages if "MLflow" in m]) == 1
+    client = MlflowClient(f"sqlite:///{tmp_path / 'server.db'}")
+    [found] = client.search_experiments(filter_string="name = 'selfsup_ray'")
+    runs = {r.info.run_name: r for r in client.search_runs([found.experiment_id])}
+    stages = ("ingest", "pretext", "embed", "graph")
+    assert set(runs) == {"finished", *(f"finished/{stage}" for stage in stages)}
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    sent = client.get_metric_history(runs["finished/pretext"].info.run_id, "loss")
+    records = read_records(tmp_path / "finished/pretext/metrics.jsonl")
+    assert [m.step for m in sent] == [r["step"] for r in records if "loss" in r]
+    assert contents(tmp_path / "finished") == contents(finished.parent / "runs" / "finished")
+
+
 # Storage.
+
+
+def failing(call: Any, name: str, number: int, times: list[int]) -> Any:
+    """Return a function that raises an error of the storage `times[0]` times for files `name`."""
+
+    def fails(path: Any, *rest: Any, **options: Any) -> Any:
+        places = [os.fspath(p) for p in (path, *rest) if isinstance(p, str | os.PathLike)]
+        if any(place.endswith(name) for place in places) and times[0] > 0:
+            times[0] -= 1
+            raise OSError(number, os.strerror(number), places[-1])
+        return call(path, *rest, **options)
+
+    return fails
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize(
+    ("module", "name", "file"),
+    [
+        (os, "replace", "embed/rows/00001.npy"),
+        (np, "load", "embed/rows/00001.npy"),
+    ],
+)
+def test_a_storage_that_fails_stops_the_run_in_one_sentence_and_damages_nothing(
+    finished, capsys, monkeypatch, module, name, file, number
+):
+    out, here = copied(finished, f"{module.__name__}-{name}-{number}")
+    for stage in ("embed", "graph"):
+        shutil.rmtree(out / stage)
+    with monkeypatch.context() as broken:
+        broken.setattr(module, name, failing(getattr(module, name), file, number, [99]))
+        capsys.readouterr()
+        assert cli.main(["--quiet", "run", str(finished), here]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "its storage fails or is away" in line and file in line and "elete" not in line
+    assert not list(out.rglob("*.tmp")), "no half file is left"
+    assert cli.main(["--quiet", "run", str(finished), here]) == 0
+    assert contents(out) == contents(finished.parent / "runs" / "finished")
+
+
+def test_a_checkpoint_that_cannot_be_reached_is_not_one_to_delete(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_state(path, {"objective": {}})  # type: ignore[typeddict-item]
+    monkeypatch.setattr(torch, "load", failing(torch.load, path.name, errno.EIO, [1]))
+    with pytest.raises(OSError, match="Input/output error"):
+        load_state(path)
+    assert load_state(path) == {"objective": {}}
+
+
+def test_an_image_is_read_again_after_an_error_that_passes_and_bad_only_if_it_stays(
+    tmp_path, monkeypatch
+):
+    write_shapes(tmp_path / "photos", 8, size=16)
+    config = IngestConfig(image_size=16, resources=Resources(workers=0), max_bad_share=0.2)
+    first = str(sorted((tmp_path / "photos").rglob("*.*"))[0])
+    read = Path.read_bytes
+    monkeypatch.setattr(sources, "READ_AGAIN_S", (0.0, 0.0, 0.0))
+    for times, kept in ((3, 8), (4, 7)):
+        fails = failing(read, first, errno.EIO, [times])
+        monkeypatch.setattr(Path, "read_bytes", lambda path, fails=fails: fails(path))
+        assert len(ingest(tmp_path / "photos", config, out=tmp_path / f"corpus{times}")) == kept
+    assert "unreadable" in (tmp_path / "corpus4/quarantine.csv").read_text()
+    fails_away = failing(read, first, errno.ESTALE, [99])
+    monkeypatch.setattr(Path, "read_bytes", lambda path: fails_away(path))
+    with pytest.raises(OSError, match="handle"):  # a share that is away has no bad images
+        ingest(tmp_path / "photos", config, out=tmp_path / "away")
+
+
+def test_a_slow_storage_changes_nothing_but_the_time(finished, tmp_path, monkeypatch):
+    def slow(call: Any) -> Any:
+        def later(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.03)
+            return call(*arguments, **options)
+
+        return later
+
+    for module, name in ((os, "replace"), (os, "fsync"), (np, "load"), (Path, "read_bytes")):
+        monkeypatch.setattr(module, name, slow(getattr(module, name)))
+    began = time.monotonic()
+    run(finished, {"out": str(tmp_path / "finished")})
+    assert time.monotonic() - began > 1, "the storage was slow"
+    assert contents(tmp_path / "finished") == contents(finished.parent / "runs" / "finished")
 
 
 def test_a_shard_that_cannot_be_read_stops_the_run_and_is_made_again_the_same(finished, capsys):

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import FrameType
 from typing import Any, NoReturn
@@ -188,6 +188,42 @@ def supervised() -> Iterator[None]:
             ray.shutdown()
         else:
             abandon()
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Run a block that starts a local Ray; end the program when a process of Ray dies on the way.
+
+    ray.init would wait for it, and after a minute end the program from C++.
+    """
+    done = threading.Event()
+    threading.Thread(target=_see_it_start, args=(done,), name="start", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _see_it_start(done: threading.Event) -> None:
+    seen = set[str]()
+    while not done.wait(LOOK_EVERY_S):
+        living = _living_children()
+        seen |= living & {"gcs_server", "raylet"}
+        for name in seen - living:
+            if not done.is_set():
+                log.error("Ray was lost while it started: its %s ended. %s", name, AGAIN)
+                os._exit(EXIT_CODE)
+
+
+def _living_children() -> set[str]:
+    import psutil  # type: ignore[import-untyped]  # comes with ray
+
+    names = set[str]()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it ended just now
+            if child.status() != psutil.STATUS_ZOMBIE:
+                names.add(child.name())
+    return names
 
 
 def started_here() -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from selfsup_ray.cluster.failures import supervised
+from selfsup_ray.cluster.failures import starting, supervised
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ClusterError, ResourceError
 
@@ -56,7 +56,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         return _join(address)
     _own_token()
     try:
-        with _own_handler():
+        with _own_handler(), starting():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -65,9 +65,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
                 logging_level=logging.WARNING,
                 object_store_memory=object_store_bytes(),
             )
-    except Exception as error:  # as bare as this when a process of Ray is not up in time
-        if type(error) is not Exception:
-            raise
+    except Exception as error:  # Ray's own: bare ones when a process is not up in time, and others
         raise ClusterError(
             f"Ray could not start on this machine ({' '.join(str(error).split())[:200]}). Perhaps "
             f"it is too busy: give the same command again when it is less so."
