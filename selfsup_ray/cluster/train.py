@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import signal
@@ -12,24 +11,34 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selfsup_ray.cluster.records import Channel, channel_for, temporary_folder
 from selfsup_ray.cluster.session import connect, require_resources
+from selfsup_ray.cluster.stream import on_ray
 from selfsup_ray.collectives import rank
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ConfigError, TrainingError, UserError
 from selfsup_ray.memory import WORKER_ENVIRONMENT
 from selfsup_ray.models.collapse import collapse_warning
 from selfsup_ray.progress import Track, track
+from selfsup_ray.resources import TrainResources
+from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
 from selfsup_ray.training import Record, State, TrainJob, fit, load_state, save_state
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Seconds between two looks at the records that the workers have written."""
+
+RESIZE_CHECK_S = 30.0
+"""Seconds between two looks whether there is room for more workers."""
 
 
 def train(
@@ -38,11 +47,12 @@ def train(
     """Train a job to its end and return its state; continue from `out/checkpoint.pt`.
 
     Every checkpoint replaces that file, so the same call goes on after a worker, the driver or
-    the machine was killed, and ends with the same weights. `out` must be seen by all workers.
-    Records go from rank 0 through a file to this process, which alone talks to the tracker.
+    the machine was killed, and ends with the same weights. `out` must be seen by all workers: on a
+    disk they share, or on an object store. Records go from rank 0 to this process, which alone
+    talks to the tracker.
     Raises what `fit` raises, and ResourceError at once when Ray cannot place the workers.
     """
-    out = Path(out).resolve()
+    out = located(out).resolve()
     state = load_state(out / "checkpoint.pt")
     with Live(job, tracker, label) as live:
         if state is not None:
@@ -52,8 +62,9 @@ def train(
         connect(address)
         require_resources(job.config.resources, stage=label)
         _fit_on_ray(job, out, live)
-    final = load_state(out / "checkpoint.pt")
-    assert final is not None, f"{out} has no checkpoint after a finished training"
+        final = load_state(out / "checkpoint.pt")
+        assert final is not None, f"{out} has no checkpoint after a finished training"
+        live.take(final["history"])  # if a node took its last records along
     return final
 
 
@@ -120,29 +131,29 @@ def threads(resources: Resources) -> Iterator[None]:
 
 def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
     """Run `_worker` on every rank; a run of Ray's own is new each time, its folder temporary."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    resources, folder = job.config.resources, out / "ray_train"
+    from selfsup_ray.cluster.patience import Patience
+
+    folder, records = temporary_folder(out), channel_for(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     run_config = RunConfig(
         name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
         storage_path=str(folder),
-        failure_config=FailureConfig(max_failures=job.config.max_failures),
+        failure_config=FailureConfig(max_failures=-1),  # Patience counts
+        callbacks=[Patience(job.config.max_failures)],  # type: ignore[list-item]
         worker_runtime_env={"env_vars": _environment(job)},  # type: ignore[call-arg]
     )
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # its answer is result.return_value
-        train_loop_config={"job": job, "out": str(out)},
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus > 0,
-            resources_per_worker=_per_worker(resources),
-        ),
+        train_loop_config={"job": job, "out": str(out), "records": records},
+        scaling_config=_scaling(job.config.resources),
+        torch_config=TorchConfig(backend=job.config.resources.transport),
         run_config=run_config,
     )
-    with followed(records_file(out), live.take), interruptible():
+    with followed(records, live.take), interruptible():
         outcome = _outcome(trainer.fit)
     shutil.rmtree(folder, ignore_errors=True)
     if outcome is None:  # Ray Train takes Ctrl-C itself and returns
@@ -153,13 +164,23 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
         )
 
 
+def _scaling(resources: TrainResources) -> ScalingConfig:
+    """Return how many workers Ray Train starts, and where."""
+    from ray.train import ScalingConfig
+
+    asked = {"CPU": float(resources.cpus), "GPU": float(resources.gpus)}
+    elastic = (resources.fewest, resources.workers)
+    return ScalingConfig(
+        num_workers=elastic if resources.is_elastic else resources.workers,  # type: ignore[arg-type]
+        elastic_resize_monitor_interval_s=RESIZE_CHECK_S,  # type: ignore[call-arg]
+        use_gpu=resources.gpus > 0,
+        resources_per_worker={kind: amount for kind, amount in asked.items() if amount > 0},
+        placement_strategy=resources.placement.upper(),
+    )
+
+
 def _environment(job: TrainJob) -> dict[str, str]:
     return WORKER_ENVIRONMENT if job.device == "cpu" else {}
-
-
-def _per_worker(resources: Resources) -> dict[str, float]:
-    asked = {"CPU": float(resources.cpus), "GPU": float(resources.gpus)}
-    return {kind: amount for kind, amount in asked.items() if amount > 0}
 
 
 def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
@@ -167,12 +188,14 @@ def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
 
     Raises a worker's UserError as itself, anything else as Ray Train's error.
     """
-    from ray.train import WorkerGroupError
+    from ray.train import TrainingFailedError
+
+    from selfsup_ray.cluster.patience import worker_errors
 
     try:
         value: dict[str, str] | None = run().return_value
-    except WorkerGroupError as error:
-        for cause in error.worker_failures.values():
+    except TrainingFailedError as error:
+        for cause in worker_errors(error).values():
             if isinstance(cause, UserError):
                 raise cause from error
         raise
@@ -181,20 +204,20 @@ def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
 
 def _worker(task: dict[str, Any]) -> dict[str, str]:
     """Body of one Ray Train worker: build here, continue if restarted, fit."""
-    job, out = task["job"], Path(task["out"])
+    job, out = task["job"], located(task["out"])
     path = out / "checkpoint.pt"
     with threads(job.config.resources):
         objective, dataset, make_views = job.built()
         try:
             fit(
                 objective,
-                dataset,
+                on_ray(dataset),
                 make_views,
                 job.config,
                 device=_device(job),
                 state=load_state(path),
                 on_checkpoint=partial(_report, path),
-                on_log=partial(_write_record, records_file(out)),
+                on_log=partial(_write_record, task["records"]),
             )
         except (ConfigError, TrainingError) as error:
             # Raised by every rank alike, and again after a restart: so an answer, not a failure.
@@ -222,20 +245,14 @@ def _report(path: Path, state: State) -> None:
     ray.train.report(state["history"][-1])
 
 
-def records_file(out: Path) -> Path:
-    """Return the file through which rank 0 sends its records to the driver."""
-    return out / "ray_train" / "records.jsonl"
-
-
-def _write_record(path: Path, record: Record) -> None:
+def _write_record(records: Channel, record: Record) -> None:
     if rank() == 0:
-        with open(path, "a") as file:
-            file.write(f"\n{json.dumps(record)}\n")  # after what a killed worker left of a line
+        records.write(record)
 
 
 @contextmanager
-def followed(path: Path, take: Callable[[list[Record]], None]) -> Iterator[None]:
-    """Give the lines that appear in a file to `take`, in a thread, while the block runs.
+def followed(source: Channel, take: Callable[[list[Record]], None]) -> Iterator[None]:
+    """Give the records that come through a channel to `take`, in a thread, while the block runs.
 
     An error of `take` is raised at the end of the block.
     """
@@ -246,7 +263,7 @@ def followed(path: Path, take: Callable[[list[Record]], None]) -> Iterator[None]
         while True:
             ending = done.wait(POLL_S)
             try:
-                records, place = read_new(path, place)
+                records, place = source.read_new(place)
                 take(records)
             except Exception as error:
                 errors.append(error)
@@ -263,21 +280,6 @@ def followed(path: Path, take: Callable[[list[Record]], None]) -> Iterator[None]
         thread.join()
     if errors:
         raise errors[0]
-
-
-def read_new(path: Path, place: int) -> tuple[list[Record], int]:
-    """Return the records of the whole lines after byte `place`, and the place behind them.
-
-    A line that a killed worker left unfinished is no record; the restarted one writes it again.
-    """
-    if not path.exists():
-        return [], place
-    with open(path, "rb") as file:
-        file.seek(place)
-        text = file.read()
-    whole = text.rfind(b"\n") + 1
-    lines = text[:whole].splitlines()
-    return [json.loads(line) for line in lines if line.endswith(b"}")], place + whole
 
 
 @contextmanager
