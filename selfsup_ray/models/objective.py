@@ -81,6 +81,12 @@ class Objective(nn.Module):
     def before_epoch(self, epoch: int, dataset: Dataset) -> None:
         """Prepare an epoch; called on every rank, not again when training resumes inside it."""
 
+    def before_step(self, samples_seen: int, dataset: Dataset) -> None:
+        """Prepare a step, of which every rank knows how many images all ranks saw before it.
+
+        Called on every rank, with the same number; when training resumes, from the next step on.
+        """
+
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Return numbers of a whole epoch, such as an accuracy, for the record that closes it.
 
