@@ -8,12 +8,14 @@ from pathlib import Path
 
 from selfsup_ray.costs_classify import classify_cost
 from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
+from selfsup_ray.costs_labelled import labelled_cost, maps_cost
 from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds, view_seconds
 from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
 from selfsup_ray.models.pretext import BYOLConfig, InsDisConfig, MoCoConfig, SimCLRConfig
 from selfsup_ray.ops.spreading import spread_bytes
+from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.tracking import read_records
 from selfsup_ray.training import TrainConfig
 
@@ -74,10 +76,14 @@ def cost(
             return _patches(experiment)
         case "classify":
             return _classify(experiment, num_images)
+        case "linear" | "finetune":
+            return _labelled(experiment, stage, num_images)
         case "dimension":
             return _dimension(experiment, num_images)
         case "embed":
             return _embed(experiment, num_images)
+        case "maps":
+            return _maps(experiment, num_images)
         case "reduce":
             return _reduce(experiment, num_images)
         case "graph":
@@ -86,6 +92,8 @@ def cost(
             return _diffuse(experiment, num_images)
         case "probe":
             return _probe(experiment, num_images)
+        case "voc07":
+            return _voc07(experiment)
         case "lowshot":
             return _lowshot(experiment, num_images)
     return _tables(experiment, num_images)
@@ -106,6 +114,14 @@ def _classify(e: Experiment, n: int) -> Cost:
         seconds=made.seconds,
         assumes=made.assumes,
     )
+
+
+def _labelled(e: Experiment, stage: str, n: int) -> Cost:
+    assert e.ingest is not None
+    stored = e.ingest.image_size
+    side = (e.pretext.views.size if e.pretext else None) or stored
+    made = labelled_cost(getattr(e, stage), backbone_of(e), n=n, stored=stored, side=side)
+    return Cost(WORKER_BYTES + made.memory_bytes, made.disk_bytes, made.seconds, made.assumes)
 
 
 def _ingest(e: Experiment, n: int, there: float) -> Cost:
@@ -292,6 +308,12 @@ def _embed(e: Experiment, n: int) -> Cost:
     )
 
 
+def _maps(e: Experiment, n: int) -> Cost:
+    assert e.maps is not None
+    made = maps_cost(e.maps, n=n, dim=backbone_of(e).dim)
+    return Cost(WORKER_BYTES + made.memory_bytes, made.disk_bytes, made.seconds, made.assumes)
+
+
 def _reduce(e: Experiment, n: int) -> Cost:
     assert e.reduce is not None
     ask, d = e.reduce.resources, backbone_of(e).dim
@@ -337,6 +359,15 @@ def _diffuse(e: Experiment, n: int) -> Cost:
         seconds=made.niter * step_s,
         assumes=f"100 classes, {made.niter} steps of {step_s:.1f} s, a link both ways for "
         f"{2 - LINKS_PER_NEIGHBOR:.0%} of the neighbors",
+    )
+
+
+def _voc07(e: Experiment) -> Cost:
+    dim = backbone_of(e).dim
+    return Cost(
+        memory_bytes=WORKER_BYTES + 9963 * dim * 16,
+        disk_bytes=1_000_000,
+        assumes=f"the 9,963 images of VOC 2007, d={dim} at most; minutes a class",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a linear probe or a fine-tuning costs: passes over the labelled images, and tests."""
+"""What linear probes, fine-tuning and maps of layers cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from selfsup_ray.stages.labelled_config import (
     ShareOfLabels,
 )
 from selfsup_ray.stages.lowshot_config import HeldOutRows, HeldOutShare
+from selfsup_ray.stages.maps import MapsConfig
 
 
 def labelled_cost(
@@ -72,3 +73,14 @@ def _images(config: LabelledConfig, n: int) -> tuple[int, int]:
             return min(count, train), test
         case _:
             return train, test
+
+
+def maps_cost(config: MapsConfig, *, n: int, dim: int) -> NetworkCost:
+    """Return the cost of pictures of layers; dim: of the last one."""
+    images, drawn = min(config.images, n), len(config.layers) * len(config.methods)
+    return NetworkCost(
+        memory_bytes=3 * images * dim * 4,
+        disk_bytes=images * 8 * (1 + drawn),
+        seconds=images * drawn * 3e-3,
+        assumes=f"{images:,} images placed {drawn} times, 3 ms each",
+    )

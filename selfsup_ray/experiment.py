@@ -21,12 +21,14 @@ from selfsup_ray.stages.graph import GraphConfig
 from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.labelled_config import FinetuneProtocol, LinearProtocol
 from selfsup_ray.stages.lowshot_config import LowShotConfig
+from selfsup_ray.stages.maps import MapsConfig
 from selfsup_ray.stages.patches import PatchesConfig
 from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.stages.probe import ProbeConfig
 from selfsup_ray.stages.reduce import ReduceConfig
 from selfsup_ray.stages.scan import ScanConfig
 from selfsup_ray.stages.selflabel import SelfLabelConfig
+from selfsup_ray.stages.voc07 import Voc07Config
 from selfsup_ray.stages.whiten import WhitenConfig
 from selfsup_ray.storage import Place
 from selfsup_ray.tracking import TrackingConfig
@@ -44,6 +46,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "patches": ("ingest", "whiten"),
     "classify": ("ingest",),
     "embed": ("ingest", ENCODER),
+    "maps": ("ingest", ENCODER),
     "reduce": ("embed",),
     "graph": ("embed",),
     "scan": ("ingest", ENCODER, "graph"),
@@ -53,6 +56,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "linear": ("ingest", ENCODER),
     "finetune": ("ingest", "pretext"),
     "lowshot": ("ingest", "embed"),
+    "voc07": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
     "export": ("ingest", ENCODER),
 }
@@ -85,6 +89,7 @@ class Experiment:
     patches: PatchesConfig | None = None
     classify: ClassifyConfig | None = None
     embed: EmbedConfig | None = None
+    maps: MapsConfig | None = None
     reduce: ReduceConfig | None = None
     graph: GraphConfig | None = None
     scan: ScanConfig | None = None
@@ -94,6 +99,7 @@ class Experiment:
     linear: LinearProtocol | None = None
     finetune: FinetuneProtocol | None = None
     lowshot: LowShotConfig | None = None
+    voc07: Voc07Config | None = None
     evaluate: EvaluateConfig | None = None
     export: ExportConfig | None = None
 

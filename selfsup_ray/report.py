@@ -17,6 +17,7 @@ from selfsup_ray.report_diffuse import diffuse_section
 from selfsup_ray.report_dimension import dimension_section
 from selfsup_ray.report_graph import duplicates_section, hubs_section, outliers_section
 from selfsup_ray.report_html import Section, page
+from selfsup_ray.report_labelled import labelled_section, maps_section
 from selfsup_ray.report_lowshot import lowshot_section
 from selfsup_ray.report_patches import patches_section
 from selfsup_ray.report_results import is_collection, write_results
@@ -36,10 +37,12 @@ SECTIONS = (
     scores_section,
     diffuse_section,
     lowshot_section,
+    labelled_section,
     classify_section,
     patches_section,
     dimension_section,
     map_section,
+    maps_section,
     neighbors_section,
     duplicates_section,
     outliers_section,

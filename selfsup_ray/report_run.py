@@ -36,6 +36,7 @@ ORDER = (
         "patches",
         "classify",
         "embed",
+        "maps",
         "reduce",
         "graph",
         "scan",
@@ -43,7 +44,7 @@ ORDER = (
         "selflabel",
         "diffuse",
     ),
-    *("probe", "linear", "finetune", "lowshot", "evaluate", "export"),
+    *("probe", "linear", "finetune", "lowshot", "voc07", "evaluate", "export"),
 )
 """Stages in the order of the data flow; others follow by name."""
 CLUSTERERS = ("scan", "sela", "selflabel")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from selfsup_ray.artifacts import read_json
+from selfsup_ray.report_classes import class_table
 from selfsup_ray.report_html import Section, paragraph, plain, table
 from selfsup_ray.report_run import Run
 
@@ -61,14 +62,14 @@ def headline_scores(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def scores_section(run: Run) -> Section | str:
-    """All scores of the stages evaluate and probe, with what each means."""
+    """All scores of the stages evaluate, probe and voc07, with what each means."""
     scores, body = _evaluated(run), ""
     if scores:
         body += "".join(paragraph(note) for note in scores.get("notes", []))
         body += _clusterings(run, scores) + _embeddings(scores.get("embeddings", {}))
-    body += _probe(run)
+    body += _probe(run) + _voc07(run)
     if not body:
-        return "No scores: neither evaluate nor probe has finished in this run."
+        return "No scores: none of evaluate, probe and voc07 has finished in this run."
     return Section("scores", "Scores", body)
 
 
@@ -147,7 +148,31 @@ def _probe(run: Run) -> str:
             rows.append((name, _shown(scores[key]["accuracy"]), between))
     text = f"On {scores['num_test']:,} held-out images, trained on {scores['num_train']:,}."
     head = ("of frozen embeddings", "accuracy", "95 % interval")
-    return "<h3>Probe</h3>" + paragraph(text, note=True) + table(head, rows, numeric=(1,))
+    body = "<h3>Probe</h3>" + paragraph(text, note=True) + table(head, rows, numeric=(1,))
+    columns = {key: scores[key]["per_class"] for key in ("knn", "linear") if key in scores}
+    return body + (class_table(run, columns) if columns else "")
+
+
+def _voc07(run: Run) -> str:
+    """Return the average precision of each class of VOC 2007, and their mean."""
+    stage = run.stage("voc07")
+    if stage is None:
+        return ""
+    scores = read_json(stage.path / "metrics.json")
+    rows = [
+        (name, _shown(of["average_precision"]), plain(of["num_positive"]), f"{of['cost']:g}")
+        for name, of in scores["classes"].items()
+    ]
+    text = (
+        f"Mean average precision {scores['map']:.3f} by linear SVMs on frozen embeddings, the mean "
+        f"of 11 points as in 2007; {scores['map_area']:.3f} as the area under the curve."
+    )
+    head = ("class", "average precision", "test images", "cost")
+    return (
+        "<h3>Pascal VOC 2007</h3>"
+        + paragraph(text, note=True)
+        + table(head, rows, numeric=(1, 2, 3))
+    )
 
 
 def _named(key: str) -> str:

@@ -24,12 +24,14 @@ from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
 from selfsup_ray.stages.linear import Linear, linear
 from selfsup_ray.stages.lowshot import LowShot, low_shot
+from selfsup_ray.stages.maps import Maps, draw_maps
 from selfsup_ray.stages.patches import fit_patches
 from selfsup_ray.stages.pretext import pretrain
 from selfsup_ray.stages.probe import Probe, probe
 from selfsup_ray.stages.reduce import Reduced, reduce
 from selfsup_ray.stages.scan import scan
 from selfsup_ray.stages.selflabel import self_label
+from selfsup_ray.stages.voc07 import Voc07, voc07
 from selfsup_ray.stages.whiten import PatchSample, whiten
 from selfsup_ray.storage import located
 
@@ -47,6 +49,7 @@ Artifact = (
     | PatchSample
     | Classified
     | Embeddings
+    | Maps
     | Reduced
     | Graph
     | Clusterer
@@ -55,6 +58,7 @@ Artifact = (
     | Linear
     | Finetuned
     | LowShot
+    | Voc07
     | Evaluation
     | Exported
 )
@@ -70,6 +74,7 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "patches": Encoder.open,
     "classify": Classified.open,
     "embed": Embeddings.open,
+    "maps": Maps.open,
     "reduce": Reduced.open,
     "graph": Graph.open,
     "scan": Clusterer.open,
@@ -79,6 +84,7 @@ HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "linear": Linear.open,
     "finetune": Finetuned.open,
     "lowshot": LowShot.open,
+    "voc07": Voc07.open,
     "evaluate": Evaluation.open,
     "export": Exported.open,
 }
@@ -148,6 +154,11 @@ def _embed(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     embed(corpus, encoder, e.embed, out=at("embed"), tracker=tracker)
 
 
+def _maps(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
+    draw_maps(corpus, encoder, e.maps, out=at("maps"), tracker=tracker)
+
+
 def _reduce(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     reduce(Embeddings.open(at("embed")), e.reduce, out=at("reduce"), tracker=tracker)
 
@@ -190,7 +201,14 @@ def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     if not corpus.has_labels:
         log.warning("probe: left out, since no image has a label")
         return
-    probe(Embeddings.open(at("embed")), corpus.labels, e.probe, out=at("probe"), tracker=tracker)
+    probe(
+        Embeddings.open(at("embed")),
+        corpus.labels,
+        e.probe,
+        out=at("probe"),
+        sources=corpus.sources,
+        tracker=tracker,
+    )
 
 
 def _linear(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
@@ -231,6 +249,12 @@ def _lowshot(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     )
 
 
+def _voc07(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    assert e.voc07 is not None
+    corpus, features = Corpus.open(at("ingest")), Embeddings.open(at("embed"))
+    voc07(corpus, features, e.voc07, out=at("voc07"), tracker=tracker)
+
+
 def _evaluate(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     evaluate_run(
         {name: Clusterer.open(at(name)) for name in CLUSTERINGS if name in e.stages},
@@ -261,6 +285,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "patches": _patches,
     "classify": _classify,
     "embed": _embed,
+    "maps": _maps,
     "reduce": _reduce,
     "graph": _graph,
     "scan": _scan,
@@ -270,6 +295,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "linear": _linear,
     "finetune": _finetune,
     "lowshot": _lowshot,
+    "voc07": _voc07,
     "evaluate": _evaluate,
     "export": _export,
 }

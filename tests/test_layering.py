@@ -49,7 +49,9 @@ LEVELS = {
     **dict.fromkeys(["report_graph", "report_map", "report_neighbors"], 4),
     **dict.fromkeys(
         [
+            "report_classes",
             "report_classify",
+            "report_labelled",
             "report_dimension",
             "report_published",
             "report_results",

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from selfsup_ray.artifacts import Array, write_json
 from selfsup_ray.config import config, to_dict
-from selfsup_ray.errors import ArtifactError
-from selfsup_ray.models.backbones import Backbone, BackboneConfig, build_backbone, fold_batch_norm
+from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.models.backbones import (
+    Backbone,
+    BackboneConfig,
+    ResNetConfig,
+    build_backbone,
+    fold_batch_norm,
+)
 from selfsup_ray.models.heads import Head, HeadConfig
 from selfsup_ray.models.inputs import ImageInput, Source, image_batches
+from selfsup_ray.models.layers import STAGES, Layer, stage_dim, up_to
 from selfsup_ray.models.objective import unit_rows
 from selfsup_ray.models.weights import content_hash, load_part, read_description, write_weights
 from selfsup_ray.ops.augment import center
@@ -41,7 +48,7 @@ class EncoderDescription:
 class UnitEncoder(nn.Module):
     """A network from uint8 images (B, 3, S, S) to float32 unit rows (B, dim), for inference."""
 
-    def __init__(self, backbone: Backbone, head: nn.Module, images: ImageInput) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, images: ImageInput) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -126,10 +133,29 @@ class Encoder:
         """
         return load_part(self._new_head(), self.path / "encoder.safetensors", "head.")
 
-    def module(self, device: str | torch.device = "cpu") -> nn.Module:
-        """Return the network from uint8 (B, 3, S, S) to float32 unit rows (B, dim)."""
-        head = self.head() if self.description.output == "head" else nn.Identity()
-        network = UnitEncoder(self.backbone(), head, self.description.images)
+    def layer_dim(self, layer: Layer | None) -> int:
+        """Return the length of a layer's rows; None: of the embeddings.
+
+        Raises ConfigError when the encoder has no such layer.
+        """
+        config = self.description.backbone
+        if layer is None:
+            return self.dim
+        if layer in STAGES:
+            if not isinstance(config, ResNetConfig):
+                raise ConfigError(
+                    f"{self.path} holds a {config.name}, which has no {layer}. Choose `pooled`."
+                )
+            return stage_dim(config, layer)
+        return self._new_head().dim if layer == "head" else self._features
+
+    def module(
+        self, device: str | torch.device = "cpu", *, layer: Layer | None = None
+    ) -> nn.Module:
+        """Return the network from uint8 (B, 3, S, S) to float32 unit rows (B, dim) of a layer."""
+        layer = layer or ("head" if self.description.output == "head" else "pooled")
+        head = self.head() if layer == "head" else nn.Identity()
+        network = UnitEncoder(up_to(self.backbone(), layer), head, self.description.images)
         return for_inference(network, device)
 
     def embed(

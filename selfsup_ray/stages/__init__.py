@@ -8,6 +8,7 @@ STAGES = (
     "patches",
     "classify",
     "embed",
+    "maps",
     "reduce",
     "graph",
     "scan",
@@ -17,6 +18,7 @@ STAGES = (
     "linear",
     "finetune",
     "lowshot",
+    "voc07",
     "evaluate",
     "export",
 )

@@ -17,6 +17,7 @@ from selfsup_ray.config import Positive, Resources, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.models.layers import Layer
 from selfsup_ray.progress import track
 from selfsup_ray.storage import located, reached, relative
 from selfsup_ray.tracking import Tracker
@@ -30,6 +31,8 @@ class EmbedConfig:
 
     batch_size: Positive = 256
     """Images in one forward pass; changes a result by rounding at most."""
+    layer: Layer | None = None
+    """Whose rows: layer1 | layer2 | layer3 | pooled | head; None: as `pretext.output` says."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: autocast, faster where the hardware has it; rows are stored as float32 anyway."""
     resources: Resources = Resources()
@@ -75,7 +78,7 @@ class ShardEmbedder:
         self, corpus: Path, encoder: Path, rows: Path, *, config: EmbedConfig, device: str
     ) -> None:
         self.corpus = Corpus.open(corpus)
-        self.network = Encoder.open(encoder).module(device)
+        self.network = Encoder.open(encoder).module(device, layer=config.layer)
         self.rows = ShardedArray.open(rows)
         self.config = config
         self.device = torch.device(device)
@@ -124,22 +127,23 @@ def embed(
     if begin(out, stage="embed", config=config, inputs=inputs):
         log.info("embed: %s is current", out)
         return Embeddings.open(out)
-    require_disk(out, size_bytes=len(corpus) * encoder.dim * 4)
+    dim = encoder.layer_dim(config.layer)
+    require_disk(out, size_bytes=len(corpus) * dim * 4)
     rows = ShardedArray.create(
-        out / "rows", shard_rows=corpus.shard_rows, row_shape=(encoder.dim,), dtype="float32"
+        out / "rows", shard_rows=corpus.shard_rows, row_shape=(dim,), dtype="float32"
     )
     num_new = _write_missing(corpus, encoder, rows, config)
     seconds = time.monotonic() - began
     facts = {
         "corpus": relative(corpus.path, out),
         "images": len(corpus),
-        "dim": encoder.dim,
+        "dim": dim,
         "images_per_s": round(num_new / max(seconds, 1e-9), 1),
     }
     finish(out, stage="embed", config=config, inputs=inputs, seconds=seconds, facts=facts)
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
-    log.info("embed: %s images, d=%d, %.1f s", f"{len(corpus):,}", encoder.dim, seconds)
+    log.info("embed: %s images, d=%d, %.1f s", f"{len(corpus):,}", dim, seconds)
     return Embeddings.open(out)
 
 

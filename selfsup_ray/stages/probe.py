@@ -42,9 +42,11 @@ from selfsup_ray.config import (
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.logistic import Blocks, LinearClassifier, fit_logistic
 from selfsup_ray.ops.metrics import Tally
-from selfsup_ray.ops.neighbors import knn_vote, vote_accuracy
+from selfsup_ray.ops.neighbors import knn_vote
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.stages.graph import Features, Labels, label_array
+from selfsup_ray.stages.lowshot_config import HeldOutConfig
+from selfsup_ray.stages.lowshot_data import Sources, held_out
 from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
 
@@ -61,6 +63,9 @@ class ProbeConfig:
 
     test_share: Share = 0.2
     """Share of the labelled images that are only scored; chosen by a hash of the image id."""
+    test: HeldOutConfig | None = None
+    """In place of test_share: share (of every class) | source (a pattern) | rows (from an id on),
+    as in lowshot; the published numbers are of the data set's own test images."""
     validation_share: Share = 0.1
     """Share of the other labelled images that choose the weight decay."""
     l2: tuple[PositiveFloat, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -140,16 +145,17 @@ def probe(
     config: ProbeConfig | None = None,
     *,
     out: Path | str,
+    sources: Sources | None = None,
     tracker: Tracker | None = None,
 ) -> Probe:
     """Return the linear and the kNN accuracy of frozen embeddings on held-out labelled images.
 
-    labels: (N,), -1 is unknown. Raises ConfigError when fewer than two classes are known or a
-    part of the split is empty.
+    labels: (N,), -1 is unknown; sources: for config.test.name=source. Raises ConfigError when fewer
+    than two classes are known or a part of the split is empty.
     """
     config, out, began = config or ProbeConfig(), located(out), time.monotonic()
     known = label_array(labels)
-    split = split_labelled(known, config)
+    split = split_labelled(known, config, sources)
     _require_labels(known, split, len(features.array))
     digest = hashlib.blake2b(known.tobytes(), digest_size=16).hexdigest()
     inputs = {"features": features.fingerprint, "labels": digest}
@@ -175,11 +181,20 @@ def probe(
     return made
 
 
-def split_labelled(labels: Array, config: ProbeConfig) -> Split:
+@dataclass(frozen=True)
+class _Held:
+    test: HeldOutConfig
+    seed: int
+
+
+def split_labelled(labels: Array, config: ProbeConfig, sources: Sources | None = None) -> Split:
     """Return the split of the labelled images; an image's part depends on its id and the seed."""
     ids = np.flatnonzero(labels >= 0)
     draws = uniforms(seed=config.seed, epoch=0, ids=torch.from_numpy(ids), draws=2).numpy()
-    is_test = draws[:, 0] < config.test_share
+    if config.test is None:
+        is_test = draws[:, 0] < config.test_share
+    else:
+        is_test = held_out(labels, _Held(config.test, config.seed), sources, stage="probe")[ids]
     is_validation = ~is_test & (draws[:, 1] < config.validation_share)
     return Split(ids[~is_test & ~is_validation], ids[is_validation], ids[is_test])
 
@@ -205,14 +220,14 @@ def linear_probe(
         found = None
         for l2 in sorted(config.l2, reverse=True):  # from simple to complex, each warm-started
             found = tried[l2] = _fit(array, labels, split.fit, l2, config, found)
-            by_l2[l2] = _correct(array, labels, split.validation, found)
+            by_l2[l2] = _tally(*_correct(array, labels, split.validation, found))
         # The larger decay on ties: dicts keep the order, max returns the first.
         chosen = max(by_l2, key=lambda l2: by_l2[l2].hits)
     best = _fit(array, labels, split.train, chosen, config, tried.get(chosen))
-    score = _correct(array, labels, split.test, best)
+    hits, of = _correct(array, labels, split.test, best)
     if not best.is_converged:
         log.warning("probe: the linear fit stopped after %d iterations", best.iterations)
-    return _with_interval(score) | {
+    return _scored(hits, of) | {
         "l2": chosen,
         "validation_accuracy": {f"{l2:g}": tally.share for l2, tally in by_l2.items()},
         "iterations": best.iterations,
@@ -254,21 +269,34 @@ def _blocks(array: ShardedArray, labels: Array, ids: Array) -> Blocks:
     return lambda: kept
 
 
-def _correct(array: ShardedArray, labels: Array, ids: Array, found: LinearClassifier) -> Tally:
-    hits = sum(int((found.predict(x) == y).sum()) for x, y in _blocks(array, labels, ids)())
-    return Tally(hits, len(ids))
+def _correct(
+    array: ShardedArray, labels: Array, ids: Array, found: LinearClassifier
+) -> tuple[Array, Array]:
+    """Return the images (C,) of each class that are recognized, and all of them."""
+    hits = of = np.zeros(int(labels.max()) + 1, np.int64)
+    for x, y in _blocks(array, labels, ids)():
+        hits, of = hits + _count(y[found.predict(x) == y], len(of)), of + _count(y, len(of))
+    return hits, of
+
+
+def _count(labels: Array, num_classes: int) -> Array:
+    return np.bincount(labels, minlength=num_classes)
 
 
 def knn_probe(
     array: ShardedArray, labels: Array, split: Split, config: ProbeConfig, *, out: Path
 ) -> dict[str, Any]:
-    """Return the test accuracy of the vote of the most similar training images."""
+    """Return the test accuracy of the vote of the most similar training images.
+
+    Wu et al. 2018: by cosine similarity s the `knn_k` most similar, each with weight
+    exp(s / knn_temperature) for its class.
+    """
     train = split.train
     only = out / "train_ids.npy"
     with whole_file(only) as temporary, open(temporary, "wb") as file:
         np.save(file, train)
-    k, score = min(config.knn_k, len(train)), Tally()
-    num_classes = int(labels.max()) + 1
+    k, num_classes = min(config.knn_k, len(train)), int(labels.max()) + 1
+    hits = of = np.zeros(num_classes, np.int64)
     with Search(array, config.resources, only=only, stage="probe") as search:
         for i in range(0, len(split.test), ROWS_AT_ONCE):
             ids = split.test[i : i + ROWS_AT_ONCE]
@@ -279,9 +307,22 @@ def knn_probe(
                 num_classes=num_classes,
                 temperature=config.knn_temperature,
             )
-            score += vote_accuracy(votes, labels[ids])
-    return _with_interval(score) | {"k": k, "temperature": config.knn_temperature}
+            y = labels[ids]
+            hits = hits + _count(y[votes.argmax(axis=1) == y], num_classes)
+            of = of + _count(y, num_classes)
+    return _scored(hits, of) | {"k": k, "temperature": config.knn_temperature}
 
 
-def _with_interval(score: Tally) -> dict[str, Any]:
-    return {"accuracy": score.share, "interval": list(score.interval())}
+def _tally(hits: Array, of: Array) -> Tally:
+    return Tally(int(hits.sum()), int(of.sum()))
+
+
+def _scored(hits: Array, of: Array) -> dict[str, Any]:
+    """Return accuracy, interval, and the accuracy of each class, None where none is tested."""
+    score = _tally(hits, of)
+    per_class = [h / n if n else None for h, n in zip(hits.tolist(), of.tolist(), strict=True)]
+    return {
+        "accuracy": score.share,
+        "interval": list(score.interval()),
+        "per_class": per_class,
+    }

@@ -12,6 +12,7 @@ from selfsup_ray.artifacts import ShardedArray, begin, finish
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
+from selfsup_ray.stages.lowshot_config import HeldOutRows, HeldOutSources
 from selfsup_ray.stages.probe import Probe, ProbeConfig, probe, split_labelled
 from selfsup_ray.tracking import open_run
 
@@ -75,6 +76,39 @@ def test_the_knn_probe_is_scikit_learns_weighted_vote(tmp_path: Path, features: 
     vote.fit(rows[split.train], labels[split.train])
     assert made.knn == pytest.approx(vote.score(rows[split.test], labels[split.test]))
     np.testing.assert_array_equal(np.load(made.path / "train_ids.npy"), split.train)
+
+
+def test_the_accuracy_of_every_class_is_that_of_the_reference_predictions(
+    tmp_path: Path, features: Embeddings
+):
+    rows, labels = noisy_classes()
+    config = ProbeConfig(knn_k=15, knn_temperature=0.07)
+    made = probe(features, labels, config, out=tmp_path / "probe")
+    split = split_labelled(labels, config)
+    vote = KNeighborsClassifier(
+        15, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    )
+    predicted = vote.fit(rows[split.train], labels[split.train]).predict(rows[split.test])
+    truth = labels[split.test]
+    by_class = [(predicted[truth == c] == c).mean() for c in range(5)]
+    assert made.metrics["knn"]["per_class"] == pytest.approx(by_class)
+    linear, sizes = made.metrics["linear"]["per_class"], np.bincount(truth)
+    assert np.dot(linear, sizes) / len(truth) == pytest.approx(made.linear)
+
+
+def test_the_data_sets_own_test_images_can_be_held_out(tmp_path: Path, features: Embeddings):
+    labels = noisy_classes()[1]
+    rows = ProbeConfig(test=HeldOutRows(first=500))
+    made = probe(features, labels, rows, out=tmp_path / "rows")
+    assert made.metrics["num_test"] == 100
+    np.testing.assert_array_equal(np.load(made.path / "train_ids.npy"), np.arange(500))
+    by_source = ProbeConfig(test=HeldOutSources(pattern="val/*"))
+
+    def sources(ids: np.ndarray) -> list[str]:
+        return [f"{'val' if i >= 500 else 'train'}/{i}.png" for i in ids]
+
+    same = probe(features, labels, by_source, out=tmp_path / "sources", sources=sources)
+    assert same.metrics == made.metrics
 
 
 def test_the_split_uses_every_labelled_image_once_and_no_other():
