@@ -3,8 +3,8 @@
     python experiments/benchmarks/ray_overhead.py --seconds 30 --rounds 2
 
 Every stage runs four times: small and large, with `workers: 0` and with one Ray worker, in one
-session of Ray that is started before. `--seconds` is about what the large run takes of one core
-(the sizes are scaled from 30). Prints one JSON line, per stage:
+session of Ray that is started before, and that has run the stage before where its workers stay.
+`--seconds` is about what the large run takes of one core. Prints one JSON line, per stage:
 
 `per_work`: (Ray large - Ray small) / (here large - here small) - 1, what Ray adds to work;
 `fixed_s`: what is left of the small runs' difference, what Ray costs a stage however small it is;
@@ -34,6 +34,7 @@ from scale import family, write_rows
 
 SYSTEM = ("gcs_server", "raylet", "dashboard", "log_monitor", "monitor.py", "agent")
 FILES = 200  # JPEG files that are made; more images are links to them
+TRAINED = ("pretext", "scan")
 Work = Callable[[int, Path], Any]
 Features = namedtuple("Features", ["array", "fingerprint"])
 
@@ -158,7 +159,7 @@ class Stages:
         from selfsup_ray.config import Resources
         from selfsup_ray.stages.whiten import WhitenConfig, whiten
 
-        corpus, patches = self._corpus(self.size(60_000)), self.size(100_000)
+        corpus, patches = self._corpus(self.size(200_000)), self.size(400_000)
 
         def work(workers: int, out: Path) -> None:
             config = WhitenConfig(patches=patches, resources=Resources(workers=workers))
@@ -171,11 +172,11 @@ class Stages:
         from selfsup_ray.cluster.kmeans import kmeans_sharded
         from selfsup_ray.config import Resources
 
-        rows = self._rows(self.size(160_000, 4096), 75)
+        rows = self._rows(self.size(500_000, 8192), 75)
 
         def work(workers: int, out: Path) -> None:
             out.mkdir()
-            kmeans_sharded(rows, 1024, iterations=25, resources=Resources(workers=workers), out=out)
+            kmeans_sharded(rows, 2048, iterations=25, resources=Resources(workers=workers), out=out)
 
         return work
 
@@ -271,16 +272,19 @@ def measured(work: Work, workers: int, out: Path, seconds: Seconds) -> dict[str,
     return {"cpu_s": used, "system_s": system, "wall_s": wall}
 
 
-def compared(small: Work, large: Work, folder: Path, seconds: Seconds, rounds: int) -> Any:
+def compared(
+    name: str, small: Work, large: Work, folder: Path, seconds: Seconds, rounds: int
+) -> dict[str, Any]:
     """Return the figures of a stage, medians over rounds that take turns."""
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
     small(0, folder / "warm")  # compiled kernels, opened files
+    if name not in TRAINED:  # whose workers are new each time; those of tasks stay
+        small(1, folder / "warm-ray")
     for i in range(rounds):
         for workers in (0, 1):
-            for name, work in (("small", small), ("large", large)):
-                out = folder / f"{name}-{workers}-{i}"
-                one = measured(work, workers, out, seconds)
-                runs.setdefault((name, workers), []).append(one)
+            for size, work in (("small", small), ("large", large)):
+                one = measured(work, workers, folder / f"{size}-{workers}-{i}", seconds)
+                runs.setdefault((size, workers), []).append(one)
     cpu = {key: median(run["cpu_s"] for run in some) for key, some in runs.items()}
     here = cpu["large", 0] - cpu["small", 0]
     per_work = (cpu["large", 1] - cpu["small", 1]) / here - 1
@@ -321,7 +325,7 @@ def main() -> None:
             works = getattr(small, name)(), getattr(large, name)()
             folder = Path(temporary, name)
             folder.mkdir()
-            found[name] = compared(*works, folder, seconds, given.rounds)
+            found[name] = compared(name, *works, folder, seconds, given.rounds)
             print(f"{name}: {found[name]}", flush=True)
     load = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
     session_start = {key: round(value, 1) for key, value in start.items()}

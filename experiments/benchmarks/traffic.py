@@ -37,7 +37,7 @@ def configs(batch: int) -> dict[str, PretextConfig]:
     methods: dict[str, Any] = {
         "simclr, sync": SimCLRConfig(batch_norm=SyncNorm()),
         "simclr, local": SimCLRConfig(batch_norm=LocalNorm()),
-        "moco, shuffle": MoCoConfig(queue_size=256, batch_norm=ShuffleNorm(group_size=16)),
+        "moco, shuffle": MoCoConfig(queue_size=256, batch_norm=ShuffleNorm(group_size=8)),
         "moco, sync": MoCoConfig(queue_size=256, batch_norm=SyncNorm()),
         "byol, sync": BYOLConfig(batch_norm=SyncNorm()),
         "insdis": InsDisConfig(),
