@@ -7,7 +7,8 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from selfsup_ray.data.sharding import (
 from selfsup_ray.data.sources import Source
 from selfsup_ray.data.tables import Columns
 from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.object_store import is_url
 from selfsup_ray.progress import LINE_EVERY_S, track
 from selfsup_ray.storage import located, remove_tree
 from selfsup_ray.tracking import Tracker
@@ -47,6 +49,7 @@ class IngestConfig:
     source: str | tuple[str, ...] | None = None
     """A folder (searched to its depths), a glob, a CSV or Parquet file that names images, Parquet
     that holds them, tar (WebDataset) or zip archives, `bundled:fashion-mnist`, or a list of these.
+    All but the last also as a URL: s3://bucket/photos/, gs://bucket/shards/{000..146}.tar.
     In Python it is the first argument of `ingest`; an experiment file must set it."""
     image_size: Positive = 96
     """Side in pixels of the stored squares; crops for training are cut from them."""
@@ -162,6 +165,25 @@ def _listed(config: IngestConfig, out: Path) -> tuple[Listing, LabelTable]:
     path, table_path = out / "listing", out / "listing" / "labels.json"
     if table_path.exists():
         return Listing.open(path), LabelTable(**read_json(table_path))
+    # What lies on an object store is listed by a task, on a node beside the store; what lies on a
+    # disk by the process that was given its path.
+    given = (config.source,) if isinstance(config.source, str) else config.source or ()
+    workers = min(config.resources.workers, 1) if any(map(is_url, given)) else 0
+    if workers:
+        log.info("ingest: a task lists %s", ", ".join(given))
+    ask = replace(config.resources, workers=workers)
+    [(_, labels)] = stream_tasks(partial(_list, config, out.absolute()), [0], ask, stage="ingest")
+    if labels["unmatched"]:
+        text = "%s: %d of its %d rows name no image of the source"
+        log.warning(text, config.labels_csv, labels["unmatched"], labels["rows"])
+    listing = Listing.open(path)
+    log.info("ingest: %s files listed in %d units", f"{len(listing):,}", listing.num_units)
+    return listing, LabelTable(**read_json(table_path))
+
+
+def _list(config: IngestConfig, out: Path, _: int) -> dict[str, Any]:
+    """Write the listing of the source and its classes; return what became of `labels_csv`."""
+    path = out / "listing"
     assert config.source is not None
     source = Source(config.source, config.columns)
     items, label_file = source.items(), None
@@ -172,14 +194,12 @@ def _listed(config: IngestConfig, out: Path) -> tuple[Listing, LabelTable]:
         items = Subset(config.classes).applied(items, source.skipped)
     items = _announced(items)
     listing = write_listing(path, items, shard_size=config.shard_size, skipped=source.skipped)
-    if label_file is not None and label_file.num_unmatched:
-        text = "%s: %d of its %d rows name no image of the source"
-        log.warning(text, label_file.path, label_file.num_unmatched, len(label_file.labels))
     given = config.labels_csv or config.classes
     table = label_table(listing, "column" if given else config.labels)
-    write_json(table_path, table.to_json())
-    log.info("ingest: %s files listed in %d units", f"{len(listing):,}", listing.num_units)
-    return listing, table
+    write_json(path / "labels.json", table.to_json())
+    if label_file is None:
+        return {"rows": 0, "unmatched": 0}
+    return {"rows": len(label_file.labels), "unmatched": label_file.num_unmatched}
 
 
 def _announced(items: Iterator[Item]) -> Iterator[Item]:
