@@ -242,24 +242,27 @@ def upload(path: Path, url: str) -> Version:
     Raises StorageError when the store does not take it.
     """
 
-    from pyarrow import fs
-
     def write() -> Version:
-        # One call outside Python: a stream that an interrupt leaves open completes the object
-        # with the half that it has.
-        fs.copy_files(
-            str(path),
-            place(url),
-            source_filesystem=fs.LocalFileSystem(),
-            destination_filesystem=filesystem(url),
-            chunk_size=PIECE_BYTES,
-        )
+        # In a thread, which no Ctrl-C interrupts: a stream that is given up half-way completes
+        # the object with the half that it has.
+        with ThreadPoolExecutor(1) as alone:
+            alone.submit(_send, path, url).result()
         found = version_of(url)
         if found is None or found.size_bytes != path.stat().st_size:
             raise OSError("the object is not there after it was written")
         return found
 
     return retried(write, url=url, doing="written")
+
+
+def _send(path: Path, url: str) -> None:
+    import pyarrow as pa
+
+    size_bytes = path.stat().st_size
+    whole = pa.memory_map(str(path)).read_buffer() if size_bytes else pa.py_buffer(b"")
+    stream = filesystem(url).open_output_stream(place(url))
+    stream.write(whole)  # at once, so that no error of the disk can come in between
+    stream.close()
 
 
 def listed(url: str, *, recursive: bool = False) -> Iterator[Entry]:
