@@ -217,6 +217,26 @@ NO_LAYERS: dict[str, Any] = {"classify.model.pool": None, "classify.model.batch_
 SIMPLE = {k: v for k, v in TABLE_2.items() if k.split(".")[-1] not in ("pool", "batch_norm")}
 del SIMPLE["classify.model.bottleneck"]
 CNN = {k: v for k, v in VANILLA.items() if "model" not in k}
+# MoCo's linear probe (He et al. 2020, public code), SimCLR's fine-tuning (Chen et al. 2020, B.5).
+EVALUATE = {
+    "linear.name": "moco",
+    "linear.epochs": 100,
+    "linear.batch_size": 256,
+    "linear.optim.lr": 30.0,
+    "linear.optim.weight_decay": 0,
+    "linear.schedule.milestones": [60, 80],
+    "linear.schedule.rate": 0.1,
+    "linear.crop": [0.08, 1.0],
+    "linear.center": 0.875,
+    "finetune.name": "simclr",
+    "finetune.epochs": 60,
+    "finetune.batch_size": 4096,
+    "finetune.optim.lr": 0.05,
+    "finetune.optim.linear_scaling": True,
+    "finetune.optim.nesterov": True,
+    "finetune.optim.weight_decay": 0,
+    "finetune.labels.share": 0.01,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "patches/table1-phi-full": TABLE_1,
     "patches/table1-phi-hard": TABLE_1 | {"classify.model.name": "phi_hard"},
@@ -261,6 +281,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "imagenet-100": IMAGENET | TEACH | {"scan.num_clusters": 100, "scan.batch_size": 1024},
     "imagenet-200": IMAGENET | TEACH | {"scan.num_clusters": 200, "scan.batch_size": 1024},
     "lowshot-imagenet-yfcc": LOW_SHOT,
+    "imagenet-evaluate": EVALUATE,
     "imagenet": IMAGENET | {"scan.num_clusters": 1000, "scan.batch_size": 4096},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import warnings
@@ -111,7 +112,7 @@ def write_portable(network: Portable, path: Path, kind: Format, metadata: dict[s
             traced = torch.jit.trace(network, example)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, temporary, _extra_files={"preprocessing.json": text})
         return
-    _require_onnx()
+    require_onnx()
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     try:
@@ -137,12 +138,11 @@ def write_portable(network: Portable, path: Path, kind: Format, metadata: dict[s
             logger.setLevel(level)
 
 
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"export.formats=[onnx] needs the package {error.name}: "
-            f"pip install 'selfsup-ray[onnx]', or leave onnx out."
-        ) from None
+def require_onnx() -> None:
+    """Raise ConfigError unless the packages that torch's exporter needs are installed."""
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"export.formats=[onnx] needs the package {package}: "
+                f"pip install 'selfsup-ray[onnx]', or leave onnx out."
+            )

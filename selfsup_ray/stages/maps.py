@@ -118,7 +118,7 @@ def draw_maps(
     """
     config, out, began = config or MapsConfig(), located(out), time.monotonic()
     if "tsne" in config.methods and config.tsne == "opentsne":
-        _require_opentsne()
+        require_opentsne()
     for layer in config.layers:
         encoder.layer_dim(layer)
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder.fingerprint}
@@ -147,7 +147,8 @@ def draw_maps(
     return Maps.open(out)
 
 
-def _require_opentsne() -> None:
+def require_opentsne() -> None:
+    """Raise ConfigError unless openTSNE is installed."""
     if importlib.util.find_spec("openTSNE") is None:
         raise ConfigError(
             "maps.tsne=opentsne needs the package openTSNE: pip install 'selfsup-ray[maps]', or "

@@ -309,3 +309,21 @@ def test_pretext_with_an_online_probe_keeps_the_encoder_of_one_without(tmp_path:
             PretextConfig(batch_size=20, online_probe=OnlineProbeConfig(), resources=HERE),
             out=tmp_path / "none",
         )
+
+
+@pytest.mark.slow
+def test_two_ray_workers_fine_tune_as_one_process_does(
+    corpus: Corpus, encoder: Encoder, tmp_path: Path, ray_session: None
+) -> None:
+    both = Resources(workers=2, cpus=1)
+    here = finetune(corpus, encoder, tuning(epochs=2, scratch=False), out=tmp_path / "here")
+    config = tuning(epochs=2, scratch=False, resources=both)
+    there = finetune(corpus, encoder, config, out=tmp_path / "there")
+    mine, theirs = here.classifier().backbone(), there.classifier().backbone()
+    for (name, a), (_, b) in zip(
+        mine.state_dict().items(), theirs.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
+    found, expected = there.metrics["pretrained"], here.metrics["pretrained"]
+    assert found["last_accuracy"] == pytest.approx(expected["last_accuracy"], abs=0.06)
+    assert found["curve"][0]["loss"] == pytest.approx(expected["curve"][0]["loss"], rel=1e-3)
