@@ -86,13 +86,13 @@ def require_reader(resources: Resources, *, stage: str) -> None:
 def _execution(images: StoredImages, tasks: list[list[Piece]]) -> Generator[Arrival, None, None]:
     from ray.data import ExecutionResources, TaskPoolStrategy
 
-    pieces = list(itertools.chain.from_iterable(tasks))
+    pieces, at_a_time = list(itertools.chain.from_iterable(tasks)), min(TASKS, len(tasks))
     with settings():
-        blocks = numbered(len(tasks), concurrency=TASKS).map_batches(
+        blocks = numbered(len(tasks), concurrency=at_a_time).map_batches(
             _Read(images, [[(piece.first, piece.rows) for piece in task] for task in tasks]),
             batch_size=None,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=TASKS),
+            compute=TaskPoolStrategy(size=at_a_time),
             num_cpus=1,
         )
         options = blocks.context.execution_options
