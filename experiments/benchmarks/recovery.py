@@ -51,7 +51,7 @@ LEFT_OUT = ("mlflow.json", "report.html")
 """Ids that MLflow draws; a page that shows dates and durations."""
 
 
-def experiment(folder: Path) -> Path:
+def experiment(folder: Path, *, training_workers: int) -> Path:
     """Write the images and an experiment on them, in folder/runs/run; return its file."""
     write_shapes(folder / "photos", 240, size=16)
     two, here = {"workers": 2}, {"workers": 0}
@@ -62,7 +62,7 @@ def experiment(folder: Path) -> Path:
         "pretext": {
             **trained,
             "backbone": {"name": "resnet18", "stem": "stl", "width": 8},
-            **{"epochs": 6, "resources": two},
+            **{"epochs": 6, "resources": {"workers": training_workers}},
         },
         "embed": {"resources": two},
         "graph": {"k": 5, "method": {"name": "ivf", "piece_rows": 64}, "min_recall": 0},
@@ -265,10 +265,9 @@ def differing(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return sorted(name for name in names if one.get(name) != other.get(name))
 
 
-def kept(folder: Path, name: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Put a finished run aside; return the hashes of its files, and its MLflow runs by name."""
-    (folder / "runs").rename(folder / name)
-    return comparable(folder / name / "run"), mlflow_runs(folder / name / "mlflow.db")
+def results(runs: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the hashes of a finished run's files, and its MLflow runs by name."""
+    return comparable(runs / "run"), mlflow_runs(runs / "mlflow.db")
 
 
 def mlflow_runs(store: Path) -> dict[str, str]:
@@ -281,25 +280,37 @@ def mlflow_runs(store: Path) -> dict[str, str]:
 
 
 def recover(
-    folder: Path, *, kills: int, seed: int, gap_s: float, kinds: Sequence[str] = KINDS
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    gap_s: float,
+    kinds: Sequence[str] = KINDS,
+    training_workers: int = 2,
 ) -> dict[str, Any]:
-    """Run once undisturbed, then under `kills` kills; return what happened and what differs."""
-    began, rng, path = time.monotonic(), random.Random(seed), experiment(folder)
-    whole = Run(path, folder / "whole.log")
-    whole.start()
-    wait(whole, lambda: False)
-    assert whole.code == 0, "\n".join(whole.last()[-20:])
+    """Run once undisturbed, then under `kills` kills; return what happened and what differs.
+
+    training_workers: of Ray Train, for pretext; 0 trains in the driver.
+    """
+    began, rng = time.monotonic(), random.Random(seed)
+    path = experiment(folder, training_workers=training_workers)
+    if not (folder / "whole").exists():
+        whole = Run(path, folder / "whole.log")
+        whole.start()
+        wait(whole, lambda: False)
+        assert whole.code == 0, "\n".join(whole.last()[-20:])
+        (folder / "runs").rename(folder / "whole")
     alone_s = time.monotonic() - began
     say(f"undisturbed: {alone_s:.0f} s")
-    wanted, wanted_runs = kept(folder, "whole")
+    wanted, wanted_runs = results(folder / "whole")
     planned = [kinds[i % len(kinds)] for i in range(kills)]
     rng.shuffle(planned)
     tally, differ, runs, starts = Tally(planned, rng, gap_s), list[str](), 0, 0
     while tally.planned or not runs:
         runs += 1
-        name = f"killed-{runs}"
+        name = f"killed-{seed}-{runs}"
         starts += disturbed(Run(path, folder / f"{name}.log"), tally)
-        files, tracked = kept(folder, name)
+        files, tracked = results((folder / "runs").rename(folder / name))
         differ += [f"{name}/{file}" for file in differing(wanted, files)]
         differ += [f"{name}/mlflow:{run}" for run in differing(wanted_runs, tracked)]
     return {
@@ -325,7 +336,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gap", type=float, default=40, help="most seconds between two kills")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--folder", type=Path, help="keep the run folders and logs here")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="keep runs and logs here; an undisturbed run in it is not redone",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

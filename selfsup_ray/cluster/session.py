@@ -120,11 +120,18 @@ def _own_token() -> None:
 
 
 def object_store_bytes() -> int:
-    """Return the size of a local object store: at most 4 GiB, 1/5 of RAM, 1/2 of /dev/shm."""
+    """Return the size of a local object store.
+
+    At most 4 GiB, 1/5 of RAM, 1/2 of /dev/shm and of the free memory: Ray refuses to start when
+    what others leave is less than its store.
+    """
+    from ray._private.utils import estimate_available_memory
+
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shared = Path("/dev/shm")
     room = shutil.disk_usage(shared).free if shared.exists() else ram
-    return max(min(OBJECT_STORE_BYTES, ram // 5, room // 2), 100 * 2**20)
+    free = estimate_available_memory()
+    return max(min(OBJECT_STORE_BYTES, ram // 5, room // 2, free // 2), 100 * 2**20)
 
 
 @contextmanager
