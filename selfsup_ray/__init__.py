@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from selfsup_ray.models.backbones import ResNetConfig
     from selfsup_ray.models.clusterer import Clusterer
     from selfsup_ray.models.encoder import Encoder
-    from selfsup_ray.models.pretext import MoCoConfig, SimCLRConfig
+    from selfsup_ray.models.pretext import BYOLConfig, InsDisConfig, MoCoConfig, SimCLRConfig
     from selfsup_ray.pipeline import run
     from selfsup_ray.planning import plan
     from selfsup_ray.report import write_report
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from selfsup_ray.stages.embed import EmbedConfig, Embeddings, embed
     from selfsup_ray.stages.evaluate import EvaluateConfig, evaluate
     from selfsup_ray.stages.export import ExportConfig, export
+    from selfsup_ray.stages.finetune import finetune
     from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
     from selfsup_ray.stages.imported import (
         ImportFeaturesConfig,
@@ -46,14 +47,25 @@ if TYPE_CHECKING:
         to_scikit_learn,
         to_umap,
     )
+    from selfsup_ray.stages.labelled_config import (
+        BYOLFinetune,
+        BYOLLinear,
+        CifarLinear,
+        MoCoLinear,
+        SimCLRCifarLinear,
+        SimCLRFinetune,
+    )
+    from selfsup_ray.stages.linear import linear
     from selfsup_ray.stages.lowshot import LowShot, low_shot
     from selfsup_ray.stages.lowshot_config import LowShotConfig
+    from selfsup_ray.stages.maps import MapsConfig, draw_maps
     from selfsup_ray.stages.patch_dictionary import PatchDictionary
     from selfsup_ray.stages.patches import PatchesConfig, fit_patches
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
     from selfsup_ray.stages.probe import ProbeConfig, probe
     from selfsup_ray.stages.reduce import ReduceConfig, Reduced, reduce
     from selfsup_ray.stages.scan import ScanConfig, scan
+    from selfsup_ray.stages.sela import SeLaConfig, sela
     from selfsup_ray.stages.selflabel import SelfLabelConfig, self_label
     from selfsup_ray.stages.whiten import PatchSample, WhitenConfig, whiten
     from selfsup_ray.steps import open_artifact as open
@@ -67,7 +79,7 @@ _HOMES = {
     "models.backbones": ["ResNetConfig"],
     "models.clusterer": ["Clusterer"],
     "models.encoder": ["Encoder"],
-    "models.pretext": ["MoCoConfig", "SimCLRConfig"],
+    "models.pretext": ["BYOLConfig", "InsDisConfig", "MoCoConfig", "SimCLRConfig"],
     "pipeline": ["run"],
     "planning": ["plan"],
     "report": ["write_report"],
@@ -80,6 +92,7 @@ _HOMES = {
     "stages.embed": ["EmbedConfig", "Embeddings", "embed"],
     "stages.evaluate": ["EvaluateConfig", "evaluate"],
     "stages.export": ["ExportConfig", "export"],
+    "stages.finetune": ["finetune"],
     "stages.graph": ["Graph", "GraphConfig", "build_graph"],
     "stages.imported": [
         "ImportFeaturesConfig",
@@ -89,14 +102,25 @@ _HOMES = {
     ],
     "stages.ingest": ["IngestConfig", "ingest"],
     "stages.interop": ["export_graph", "to_csr", "to_opentsne", "to_scikit_learn", "to_umap"],
+    "stages.labelled_config": [
+        "BYOLFinetune",
+        "BYOLLinear",
+        "CifarLinear",
+        "MoCoLinear",
+        "SimCLRCifarLinear",
+        "SimCLRFinetune",
+    ],
+    "stages.linear": ["linear"],
     "stages.lowshot": ["LowShot", "low_shot"],
     "stages.lowshot_config": ["LowShotConfig"],
+    "stages.maps": ["MapsConfig", "draw_maps"],
     "stages.patch_dictionary": ["PatchDictionary"],
     "stages.patches": ["PatchesConfig", "fit_patches"],
     "stages.pretext": ["PretextConfig", "pretrain"],
     "stages.probe": ["ProbeConfig", "probe"],
     "stages.reduce": ["ReduceConfig", "Reduced", "reduce"],
     "stages.scan": ["ScanConfig", "scan"],
+    "stages.sela": ["SeLaConfig", "sela"],
     "stages.selflabel": ["SelfLabelConfig", "self_label"],
     "stages.whiten": ["PatchSample", "WhitenConfig", "whiten"],
     "steps": ["open_artifact"],
@@ -106,6 +130,10 @@ _PUBLIC = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "BYOLConfig",
+    "BYOLFinetune",
+    "BYOLLinear",
+    "CifarLinear",
     "Classified",
     "ClassifyConfig",
     "Clusterer",
@@ -125,9 +153,12 @@ __all__ = [
     "ImportFeaturesConfig",
     "ImportGraphConfig",
     "IngestConfig",
+    "InsDisConfig",
     "LowShot",
     "LowShotConfig",
+    "MapsConfig",
     "MoCoConfig",
+    "MoCoLinear",
     "PatchDictionary",
     "PatchDimension",
     "PatchSample",
@@ -140,22 +171,28 @@ __all__ = [
     "ResourceError",
     "Resources",
     "ScanConfig",
+    "SeLaConfig",
     "SelfLabelConfig",
+    "SimCLRCifarLinear",
     "SimCLRConfig",
+    "SimCLRFinetune",
     "TrainResources",
     "UserError",
     "WhitenConfig",
     "build_graph",
     "classify",
     "diffuse",
+    "draw_maps",
     "embed",
     "evaluate",
     "export",
     "export_graph",
+    "finetune",
     "fit_patches",
     "import_features",
     "import_graph",
     "ingest",
+    "linear",
     "low_shot",
     "open",
     "ops",
@@ -166,6 +203,7 @@ __all__ = [
     "reduce",
     "run",
     "scan",
+    "sela",
     "self_label",
     "sweep",
     "to_csr",

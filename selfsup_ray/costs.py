@@ -6,16 +6,22 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfsup_ray.cluster.stream import BUFFER_BYTES
 from selfsup_ray.costs_classify import classify_cost
 from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.costs_labelled import labelled_cost, maps_cost
 from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds, view_seconds
+from selfsup_ray.costs_sela import labels_bytes, relabeling_bytes, relabeling_passes
+from selfsup_ray.data.stream import READS_AT_A_TIME, StreamFeed
+from selfsup_ray.data.stream_order import BLOCK_ROWS
 from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
 from selfsup_ray.models.pretext import BYOLConfig, InsDisConfig, MoCoConfig, SimCLRConfig
 from selfsup_ray.ops.spreading import spread_bytes
+from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.pretext import PretextConfig
+from selfsup_ray.stages.sela import SeLaConfig
 from selfsup_ray.tracking import read_records
 from selfsup_ray.training import TrainConfig
 
@@ -68,7 +74,7 @@ def cost(
     match stage:
         case "ingest":
             return _ingest(experiment, num_images, cpus or os.cpu_count() or 1)
-        case "pretext" | "scan" | "selflabel":
+        case "pretext" | "sela" | "scan" | "selflabel":
             return _training(experiment, stage, num_images, folder)
         case "whiten":
             return _whiten(experiment, num_images)
@@ -119,7 +125,7 @@ def _classify(e: Experiment, n: int) -> Cost:
 def _labelled(e: Experiment, stage: str, n: int) -> Cost:
     assert e.ingest is not None
     stored = e.ingest.image_size
-    side = (e.pretext.views.size if e.pretext else None) or stored
+    side = encoded_side(e)
     made = labelled_cost(getattr(e, stage), backbone_of(e), n=n, stored=stored, side=side)
     return Cost(WORKER_BYTES + made.memory_bytes, made.disk_bytes, made.seconds, made.assumes)
 
@@ -127,7 +133,7 @@ def _labelled(e: Experiment, stage: str, n: int) -> Cost:
 def _ingest(e: Experiment, n: int, there: float) -> Cost:
     assert e.ingest is not None
     side, encoding = e.ingest.image_size, e.ingest.encoding
-    stored = side * side * 3 * {"raw": 1.0, "png": 0.7, "jpeg": 0.15}[encoding]
+    stored = _stored_bytes(e.ingest)
     ask = e.ingest.resources
     # `workers` is an upper bound here: 32 by default, fewer where there are fewer CPUs.
     cpus = min(max(ask.workers, 1) * ask.cpus, there)
@@ -138,6 +144,11 @@ def _ingest(e: Experiment, n: int, there: float) -> Cost:
         assumes=f"{cpus:g} CPUs, {DECODED_PER_S:.0f} photos/s each, "
         f"{stored / 1e3:.1f} kB an image as {encoding}",
     )
+
+
+def _stored_bytes(made: IngestConfig) -> float:
+    """Return the bytes of an image in a shard."""
+    return made.image_size**2 * 3 * {"raw": 1.0, "png": 0.7, "jpeg": 0.15}[made.encoding]
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,9 @@ def _described(e: Experiment, stage: str) -> _Training:
         case "pretext":
             assert e.pretext is not None
             return _pretext(e.pretext)
+        case "sela":
+            assert e.sela is not None
+            return _sela(e.sela)
         case "scan":
             assert e.scan is not None
             frozen = e.scan.freeze_backbone
@@ -179,6 +193,12 @@ def _pretext(made: PretextConfig) -> _Training:
             return _Training(made, made.views, passes=3, kept=1, copies=3, num_views=1)
 
 
+def _sela(made: SeLaConfig) -> _Training:
+    """Return a forward and backward pass of one view, and a forward pass at every event."""
+    passes = 3 + relabeling_passes(made)
+    return _Training(made, made.views, passes=passes, kept=1, copies=3, num_views=1)
+
+
 def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     assert e.ingest is not None
     made = _described(e, stage)
@@ -189,6 +209,8 @@ def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     ask, batch = made.config.resources, made.config.batch_size
     per_worker = batch / max(ask.workers, 1) / made.config.accumulate
     kept = net.activation_bytes * made.kept * per_worker * (0.6 if bfloat16 else 1)
+    kept += relabeling_bytes(e.sela, n) if e.sela and stage == "sela" else 0
+    kept += _held(e) if stage == "pretext" else 0
     num_images = n // batch * batch * made.config.epochs
     seconds, note = _seconds_per_image(made, backbone, side, e.ingest.image_size, folder)
     return Cost(
@@ -199,8 +221,21 @@ def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     )
 
 
+def _held(e: Experiment) -> float:
+    """Return the bytes of images that a worker holds which streams them, and that Ray has ready."""
+    assert e.ingest is not None and e.pretext is not None
+    feed, workers = e.pretext.feed, e.pretext.resources.workers
+    if not isinstance(feed, StreamFeed):
+        return 0.0
+    images = (feed.buffer + feed.lanes * BLOCK_ROWS) / max(workers, 1)
+    ahead = BUFFER_BYTES if workers else READS_AT_A_TIME * BLOCK_ROWS * _stored_bytes(e.ingest)
+    return images * _stored_bytes(e.ingest) + ahead
+
+
 def _assignments(e: Experiment, stage: str, n: int) -> int:
     """Return the bytes of clusters and probabilities of every image, float32."""
+    if e.sela and stage == "sela":
+        return labels_bytes(e.sela, n)
     return n * (e.scan.num_clusters + 1) * 4 if e.scan and stage != "pretext" else 0
 
 
@@ -246,6 +281,8 @@ def backbone_of(e: Experiment) -> BackboneConfig:
     """Return the backbone of the experiment's encoder."""
     if e.pretext is not None:
         return e.pretext.backbone
+    if e.sela is not None:
+        return e.sela.backbone
     assert e.patches is not None and e.whiten is not None
     made = e.patches
     return PatchBackboneConfig(
@@ -256,6 +293,13 @@ def backbone_of(e: Experiment) -> BackboneConfig:
         grid=made.grid,
         precision=made.precision,
     )
+
+
+def encoded_side(e: Experiment) -> int:
+    """Return the side of the views that the experiment's encoder takes."""
+    assert e.ingest is not None
+    learned = e.pretext or e.sela
+    return (learned.views.size if learned else None) or e.ingest.image_size
 
 
 def _whiten(e: Experiment, n: int) -> Cost:
@@ -290,7 +334,7 @@ def _patches(e: Experiment) -> Cost:
 
 def _embed(e: Experiment, n: int) -> Cost:
     assert e.ingest is not None and e.embed is not None
-    side = (e.pretext.views.size if e.pretext else None) or e.ingest.image_size
+    side = encoded_side(e)
     net, batch = network(backbone_of(e), side), e.embed.batch_size
     seconds, note = network_seconds(
         backbone_of(e),

@@ -53,14 +53,14 @@ def counts(e: Experiment, stage: str, n: int | None) -> Counts | None:
         return None
     workers = getattr(e, stage).resources.workers
     shards = ceil(n / e.ingest.shard_size)
-    if workers == 0 and stage not in ("pretext", "scan", "selflabel"):
+    if workers == 0 and stage not in ("pretext", "sela", "scan", "selflabel"):
         return Counts()
     match stage:
         case "ingest":
             return Counts(tasks=shards, at_once=min(workers, shards))
         case "pretext":
             return _pretext(e, n)
-        case "scan" | "selflabel":
+        case "sela" | "scan" | "selflabel":
             return _trained(e, stage, n, shards)
         case "whiten":
             return _whiten(e, shards)

@@ -27,13 +27,14 @@ from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.stages.probe import ProbeConfig
 from selfsup_ray.stages.reduce import ReduceConfig
 from selfsup_ray.stages.scan import ScanConfig
+from selfsup_ray.stages.sela import SeLaConfig, require_views
 from selfsup_ray.stages.selflabel import SelfLabelConfig
 from selfsup_ray.stages.voc07 import Voc07Config
 from selfsup_ray.stages.whiten import WhitenConfig
 from selfsup_ray.storage import Place
 from selfsup_ray.tracking import TrackingConfig
 
-ENCODERS = ("pretext", "patches")
+ENCODERS = ("pretext", "sela", "patches")
 """Stages that make the encoder which later stages read; an experiment has one of them."""
 ENCODER = "encoder"
 """Stands in NEEDS for the one of ENCODERS that an experiment has."""
@@ -42,6 +43,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (),
     "dimension": ("ingest",),
     "pretext": ("ingest",),
+    "sela": ("ingest",),
     "whiten": ("ingest",),
     "patches": ("ingest", "whiten"),
     "classify": ("ingest",),
@@ -54,7 +56,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "diffuse": ("ingest", "graph"),
     "probe": ("ingest", "embed"),
     "linear": ("ingest", ENCODER),
-    "finetune": ("ingest", "pretext"),
+    "finetune": ("ingest", ENCODER),
     "lowshot": ("ingest", "embed"),
     "voc07": ("ingest", "embed"),
     "evaluate": ("ingest", "embed"),
@@ -67,8 +69,8 @@ USES: dict[str, tuple[str, ...]] = {
     "graph": ("reduce",),
     "linear": ("embed",),
     "lowshot": ("reduce",),
-    "evaluate": ("graph", "scan", "selflabel"),
-    "export": ("scan", "selflabel", "diffuse"),
+    "evaluate": ("graph", "sela", "scan", "selflabel"),
+    "export": ("sela", "scan", "selflabel", "diffuse"),
 }
 """Stages whose result a stage reads too when the experiment has them."""
 
@@ -85,6 +87,7 @@ class Experiment:
     ingest: IngestConfig | None = None
     dimension: DimensionConfig | None = None
     pretext: PretextConfig | None = None
+    sela: SeLaConfig | None = None
     whiten: WhitenConfig | None = None
     patches: PatchesConfig | None = None
     classify: ClassifyConfig | None = None
@@ -119,14 +122,16 @@ class Experiment:
             )
         if self.linear and self.linear.features == "embeddings" and not self.embed:
             raise ValueError("linear.features=embeddings needs embed: add the key `embed: {}`")
+        if self.sela and self.ingest:
+            require_views(self.sela, self.ingest.image_size)
         self._require_patches()
 
     def _require_inputs(self, stage: str) -> None:
         for needed in NEEDS[stage]:
             if needed == ENCODER and not any(name in self.stages for name in ENCODERS):
                 raise ValueError(
-                    f"{stage} needs pretext: add the key `pretext: {{}}`, or `whiten: {{}}` and "
-                    f"`patches: {{}}`"
+                    f"{stage} needs pretext: add the key `pretext: {{}}`, or `sela: {{}}`, or "
+                    f"`whiten: {{}}` and `patches: {{}}`"
                 )
             if needed not in (*self.stages, ENCODER):
                 raise ValueError(f"{stage} needs {needed}: add the key `{needed}: {{}}`")

@@ -77,7 +77,10 @@ class Plan:
 
     def json(self) -> str:
         """Return the plan as JSON: bytes and seconds, null where unknown."""
-        return json.dumps(asdict(self), indent=2, default=str)
+        values = asdict(self)
+        if self.cluster is not None:
+            del values["cluster"]["launched"]  # the user's own file, with whatever is in it
+        return json.dumps(values, indent=2, default=str)
 
     def text(self) -> str:
         """Return the plan as a table, with totals and what the figures assume below it."""
@@ -300,7 +303,7 @@ def count_images(experiment: Experiment) -> int | None:
 
 def _require_enough(experiment: Experiment, n: int) -> None:
     """Raise ConfigError when the corpus is too small for what is asked of it."""
-    for stage in ("pretext", "scan", "selflabel", "classify"):
+    for stage in ("pretext", "sela", "scan", "selflabel", "classify", "linear", "finetune"):
         config = getattr(experiment, stage)
         if config is not None and config.epochs and config.batch_size > n:
             raise ConfigError(

@@ -32,7 +32,7 @@ MOST_NAMED = 30
 def clusters_section(run: Run) -> Section | str:
     """Sizes and confidence of the result's clusters, and a contact sheet of each."""
     if run.clustering is None or run.clusters is None:
-        return "No clusters: none of the stages scan, sela, selflabel has finished in this run."
+        return "No clusters: none of the stages sela, scan, selflabel has finished in this run."
     stage, clusters = run.clustering[0], run.clusters
     if not clusters.sizes.sum():
         return f"No clusters: {stage} assigned no image to any cluster."

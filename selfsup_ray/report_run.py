@@ -32,6 +32,7 @@ ORDER = (
         "ingest",
         "dimension",
         "pretext",
+        "sela",
         "whiten",
         "patches",
         "classify",
@@ -40,14 +41,13 @@ ORDER = (
         "reduce",
         "graph",
         "scan",
-        "sela",
         "selflabel",
         "diffuse",
     ),
     *("probe", "linear", "finetune", "lowshot", "voc07", "evaluate", "export"),
 )
 """Stages in the order of the data flow; others follow by name."""
-CLUSTERERS = ("scan", "sela", "selflabel")
+CLUSTERERS = ("sela", "scan", "selflabel")
 """Stages that leave a Clusterer; the last one present is the run's result."""
 CHUNK = 65_536
 """Rows read at a time from arrays of N rows."""

@@ -30,6 +30,7 @@ from selfsup_ray.stages.pretext import pretrain
 from selfsup_ray.stages.probe import Probe, probe
 from selfsup_ray.stages.reduce import Reduced, reduce
 from selfsup_ray.stages.scan import scan
+from selfsup_ray.stages.sela import sela
 from selfsup_ray.stages.selflabel import self_label
 from selfsup_ray.stages.voc07 import Voc07, voc07
 from selfsup_ray.stages.whiten import PatchSample, whiten
@@ -63,13 +64,14 @@ Artifact = (
     | Exported
 )
 
-CLUSTERINGS = ("scan", "selflabel")
+CLUSTERINGS = ("sela", "scan", "selflabel")
 """Stages that leave a Clusterer; the last one of a run is its result."""
 
 HANDLES: dict[str, Callable[[Path], Artifact]] = {
     "ingest": Corpus.open,
     "dimension": PatchDimension.open,
     "pretext": Encoder.open,
+    "sela": Clusterer.open,
     "whiten": PatchSample.open,
     "patches": Encoder.open,
     "classify": Classified.open,
@@ -124,6 +126,10 @@ def _dimension(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 
 def _pretext(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     pretrain(Corpus.open(at("ingest")), e.pretext, out=at("pretext"), tracker=tracker)
+
+
+def _sela(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    sela(Corpus.open(at("ingest")), e.sela, out=at("sela"), tracker=tracker)
 
 
 def _whiten(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
@@ -281,6 +287,7 @@ RUN: dict[str, Callable[[Experiment, Folders, Tracker | None], None]] = {
     "ingest": _ingest,
     "dimension": _dimension,
     "pretext": _pretext,
+    "sela": _sela,
     "whiten": _whiten,
     "patches": _patches,
     "classify": _classify,

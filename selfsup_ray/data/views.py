@@ -93,8 +93,27 @@ class SimCLRViews(BaseViews):
 
 
 @config
+class InsDisViews(BaseViews):
+    """Instance discrimination on CIFAR: always jitter, then grey, and no flip."""
+
+    name: Literal["insdis"] = "insdis"
+    flip_p: Share = 0.0
+    """Probability of a left-right flip."""
+    scale: AreaRange = (0.2, 1.0)
+    """Share of the area that a crop covers."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Width over height of a crop."""
+    jitter: Jitter = (0.4, 0.4, 0.4, 0.4)
+    """Brightness, contrast, saturation, hue; in random order."""
+    jitter_p: Share = 1.0
+    """Probability of the jitter."""
+    gray_p: Share = 0.2
+    """Probability of a grey view."""
+
+
+@config
 class MoCoV1Views(BaseViews):
-    """MoCo v1 and InsDis: grey first, then always jitter. InsDis on CIFAR: flip_p 0."""
+    """MoCo v1 and InsDis on ImageNet: grey first, then always jitter."""
 
     name: Literal["moco_v1"] = "moco_v1"
     scale: AreaRange = (0.2, 1.0)
@@ -193,14 +212,39 @@ class ScanStrongViews(BaseViews):
     """Largest side of the Cutout hole in pixels; CIFAR 16, STL-10 32, ImageNet 75, 0 for none."""
 
 
+@config
+class SeLaViews(BaseViews):
+    """SeLa's levels of augmentation for ImageNet; CIFAR's: scale (0.2, 1), gray_first false."""
+
+    name: Literal["sela"] = "sela"
+    level: Annotated[int, Field(ge=0, le=3)] = 3
+    """0: the central square alone; 1: and a flip; 2: random resized crop and flip; 3: also gray and
+    a jitter of every image."""
+    share: PositiveShare = 0.875
+    """Side of the central square that levels 0 and 1 and evaluation take, as a share of the stored
+    side: 224 of 256."""
+    scale: AreaRange = (0.08, 1.0)
+    """Share of the area that a crop covers, from level 2 on."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Width over height of a crop."""
+    jitter: Jitter = (0.4, 0.4, 0.4, 0.4)
+    """Brightness, contrast, saturation, hue of level 3; in random order."""
+    gray_p: Share = 0.2
+    """Probability of a grey view at level 3."""
+    gray_first: bool = True
+    """Grey before the jitter (ImageNet's code), or after it (CIFAR's)."""
+
+
 ViewsConfig = Annotated[
     StandardViews
     | SimCLRViews
+    | InsDisViews
     | MoCoV1Views
     | MoCoV2Views
     | BYOLViews
     | ScanSimCLRViews
-    | ScanStrongViews,
+    | ScanStrongViews
+    | SeLaViews,
     Field(discriminator="name"),
 ]
 """Any preset; `name` says which."""
@@ -217,6 +261,8 @@ def recipe(views: ViewsConfig, image_size: int, view: int = 0) -> Recipe:
             return replace(
                 base, share=views.share, strong_ops=views.strong_ops, cutout=views.cutout
             )
+        case SeLaViews():
+            return _sela(base, views)
     base = replace(
         base,
         scale=views.scale,
@@ -226,7 +272,7 @@ def recipe(views: ViewsConfig, image_size: int, view: int = 0) -> Recipe:
         gray_p=views.gray_p,
     )
     match views:
-        case ScanSimCLRViews():
+        case ScanSimCLRViews() | InsDisViews():
             return base
         case MoCoV1Views():
             return replace(base, order=("gray", "jitter"))
@@ -248,6 +294,22 @@ def _moco_v2(base: Recipe, views: MoCoV2Views) -> Recipe:
         blur_p=views.blur_p,
         blur_radius=radius,
         blur_sigma=views.blur_sigma,
+    )
+
+
+def _sela(base: Recipe, views: SeLaViews) -> Recipe:
+    if views.level < 2:
+        flip_p = views.flip_p if views.level == 1 else 0.0
+        return replace(base, share=views.share, central=True, flip_p=flip_p)
+    base = replace(base, scale=views.scale, ratio=views.ratio)
+    if views.level == 2:
+        return base
+    return replace(
+        base,
+        jitter=views.jitter,
+        jitter_p=1.0,
+        gray_p=views.gray_p,
+        order=("gray", "jitter") if views.gray_first else ("jitter", "gray"),
     )
 
 

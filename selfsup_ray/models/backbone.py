@@ -62,7 +62,42 @@ class PatchBackboneConfig:
         return self.size * self.grid**2
 
 
-BackboneConfig = Annotated[ResNetConfig | PatchBackboneConfig, Field(discriminator="name")]
+@config
+class AlexNetConfig:
+    """AlexNet with batch normalisation after each convolution, for views of 224 pixels (SeLa)."""
+
+    name: Literal["alexnet"] = "alexnet"
+    size: Literal["big", "small"] = "big"
+    """Filters: `big` 96, 256, 384, 384, 256; `small` 64, 192, 384, 256, 256."""
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the features, those of the last hidden layer: 4096."""
+        return 4096
+
+
+@config
+class PreactResNetConfig:
+    """A ResNet-50 with normalisation before each convolution, as SeLa's `resnetv2` has it."""
+
+    name: Literal["resnet50v2"] = "resnet50v2"
+    width: Positive = 64
+    """Channels of the first stage; 64 in the paper. Cost grows with its square."""
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the features: 2048 at width 64."""
+        return 8 * self.width * EXPANSION
+
+
+TrainedBackboneConfig = Annotated[
+    ResNetConfig | PreactResNetConfig | AlexNetConfig, Field(discriminator="name")
+]
+"""Backbones that are trained by gradients."""
+BackboneConfig = Annotated[
+    ResNetConfig | PreactResNetConfig | AlexNetConfig | PatchBackboneConfig,
+    Field(discriminator="name"),
+]
 
 
 class Backbone(nn.Module):

@@ -10,21 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from selfsup_ray.models.alexnet import AlexNet
 from selfsup_ray.models.backbone import (
     EXPANSION,
+    AlexNetConfig,
     Backbone,
     BackboneConfig,
     PatchBackboneConfig,
+    PreactResNetConfig,
     ResNetConfig,
 )
 from selfsup_ray.models.norm import BatchNorm
 from selfsup_ray.models.patch_backbone import PatchBackbone
+from selfsup_ray.models.preact_resnet import PreactResNet
 
 __all__ = [
+    "AlexNet",
+    "AlexNetConfig",
     "Backbone",
     "BackboneConfig",
     "PatchBackbone",
     "PatchBackboneConfig",
+    "PreactResNet",
+    "PreactResNetConfig",
     "ResNet",
     "ResNetConfig",
     "build_backbone",
@@ -52,6 +60,12 @@ def build_backbone(config: BackboneConfig, *, seed: int = 0) -> Backbone:
         case ResNetConfig():
             with seeded(seed):
                 return ResNet(config)
+        case PreactResNetConfig():
+            with seeded(seed):
+                return PreactResNet(config)
+        case AlexNetConfig():
+            with seeded(seed):
+                return AlexNet(config)
 
 
 class ResNet(Backbone):

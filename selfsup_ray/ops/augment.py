@@ -47,6 +47,8 @@ class Recipe:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     share: float = 1.0
     """Side of the square crop as a share of the image's side; used when scale is None."""
+    central: bool = False
+    """Whether that square lies in the middle, and not at a random place."""
     interpolation: Interpolation = "bilinear"
     flip_p: float = 0.0
     rotate_p: float = 0.0
@@ -115,7 +117,9 @@ def draw(
     columns = _HOLE.stop + STRONG_DRAWS * recipe.strong_ops
     u = uniforms(seed=seed, epoch=epoch, ids=ids.cpu(), draws=columns, stream=stream).double()
     if recipe.scale is None:
-        boxes = square_boxes(u[:, _BOX][:, -2:], side=side, share=recipe.share)
+        place = u[:, _BOX][:, -2:]
+        place = torch.full_like(place, 0.5) if recipe.central else place
+        boxes = square_boxes(place, side=side, share=recipe.share)
     else:
         boxes = random_boxes(u[:, _BOX], side=side, scale=recipe.scale, ratio=recipe.ratio)
     low, high = recipe.blur_sigma

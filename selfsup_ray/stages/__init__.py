@@ -4,6 +4,7 @@ STAGES = (
     "ingest",
     "dimension",
     "pretext",
+    "sela",
     "whiten",
     "patches",
     "classify",

@@ -15,7 +15,7 @@ from selfsup_ray.artifacts import ShardedArray, read_config
 from selfsup_ray.cluster.data import stream_actors
 from selfsup_ray.cluster.train import train
 from selfsup_ray.data.corpus import Corpus
-from selfsup_ray.data.views import ScanStrongViews, ViewsConfig
+from selfsup_ray.data.views import ScanStrongViews, SeLaViews, ViewsConfig
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.inputs import ImageInput
 from selfsup_ray.progress import track
@@ -60,7 +60,7 @@ def image_input(corpus: Corpus, views: ViewsConfig) -> ImageInput:
     return ImageInput(
         image_size=corpus.image_size,
         view_size=views.size,
-        share=views.share if isinstance(views, ScanStrongViews) else 1.0,
+        share=views.share if isinstance(views, ScanStrongViews | SeLaViews) else 1.0,
         mean=views.mean,
         std=views.std,
         fit=read_config(corpus.path)["fit"],

@@ -1,0 +1,334 @@
+"""SeLa: cross-entropy with labels that balanced assignments of all images renew now and then."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfsup_ray import collectives
+from selfsup_ray.artifacts import Array
+from selfsup_ray.errors import TrainingError
+from selfsup_ray.models.alexnet import DropoutKey, set_dropout_key
+from selfsup_ray.models.backbones import Backbone, seeded
+from selfsup_ray.models.norm import SyncNorm, set_batch_norm
+from selfsup_ray.models.objective import Metrics, Objective, at_least_float32, full_precision
+from selfsup_ray.models.relabeling import Block, HeadScores, Relabeled, collected, relabeled
+from selfsup_ray.models.sela_config import AugmentedPass, EstimatedPrior, SeLaMethod, marginals
+from selfsup_ray.ops.metrics import (
+    adjusted_rand_index,
+    contingency,
+    normalized_mutual_information,
+    purity,
+)
+from selfsup_ray.ops.rng import permuted
+
+if TYPE_CHECKING:
+    from selfsup_ray.data.datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+HEAD_MEMORY = 0.99  # share of a head's running loss that stays, each step: about 100 steps
+LABEL_STREAM = 1_004  # its own permutations, one a head
+MEASURED = (
+    *("samples_seen", "iterations", "change", "converged", "cost", "changed_share"),
+    *("smallest", "largest", "nmi", "ari", "purity"),
+)
+"""What is noted of each event and head; the last three need true labels, which decide nothing."""
+
+PassViews = Callable[[list[Tensor], Tensor, int], list[Tensor]]
+"""Makes the views of the labelling pass, as training's `MakeViews`."""
+
+
+class SeLa(Objective):
+    """SeLa (Asano, Rupprecht, Vedaldi 2020); views: one tensor of the images.
+
+    Every rank has the labels of all images, 4 bytes a head and image. Batch normalisation is over
+    all ranks, as over the one GPU that held the published networks, and the masks of `Dropout` are
+    functions of step and image id: results do not depend on the number of ranks but for rounding.
+    """
+
+    num_views = 1
+    labels: Tensor
+    passed: Tensor
+    log_r: Tensor
+    estimates: Tensor
+    events: Tensor
+    running_losses: Tensor
+
+    def __init__(
+        self,
+        method: SeLaMethod,
+        backbone: Backbone,
+        *,
+        num_images: int,
+        pass_views: PassViews,
+        labels: Array | None = None,
+        truth: Array | None = None,
+    ) -> None:
+        """labels: (T, N) to start from; truth: (N,) classes, -1 unknown, only to be compared with.
+
+        pass_views: of the labelling pass.
+        """
+        super().__init__()
+        self.method, self.backbone, self.pass_views, self.truth = (
+            method,
+            backbone,
+            pass_views,
+            truth,
+        )
+        heads, k = method.num_heads, method.num_clusters
+        with seeded(method.seed):
+            self.heads = nn.ModuleList(_head(backbone.dim, k) for _ in range(heads))
+        set_batch_norm(self, SyncNorm())
+        self.per_epoch = num_images // method.batch_size * method.batch_size
+        self.times = method.events.epochs(method.epochs) * self.per_epoch
+        start = first_labels(num_images, heads, k, seed=method.seed) if labels is None else labels
+        nothing = torch.full((len(self.times), heads, len(MEASURED)), math.nan, dtype=torch.float64)
+        self.register_buffer("labels", torch.from_numpy(start.astype(np.int32)))
+        self.register_buffer("passed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("log_r", torch.full((heads, k), math.nan, dtype=torch.float64))
+        self.register_buffer("estimates", torch.full((heads, k), 1 / k, dtype=torch.float64))
+        self.register_buffer("events", nothing)
+        self.register_buffer("running_losses", torch.zeros(heads))
+        self._passed: int | None = None
+        self._step = 0
+        self._losses: list[Tensor] = []
+
+    def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the mean over heads of the cross-entropy with each head's labels of these ids."""
+        features = self.features(views[0], ids, step=self._step)
+        with full_precision(features):
+            rows, labels = at_least_float32(features), self.labels[:, ids].long()
+            logits = [head(rows) for head in self.heads]
+            losses = torch.stack(
+                [F.cross_entropy(one, y) for one, y in zip(logits, labels, strict=True)]
+            )
+            tops = torch.stack([one.argmax(dim=1) for one in logits])
+        if self.training:
+            self._losses.append(losses.detach())
+        metrics = {
+            "loss": losses.detach().mean(),
+            "label_accuracy": (tops == labels).float().mean(),
+        }
+        return losses.mean(), metrics
+
+    def features(self, images: Tensor, ids: Tensor, *, step: int) -> Tensor:
+        """Return the features (n, dim) of views; `step` chooses the masks of dropout."""
+        set_dropout_key(self.backbone, DropoutKey(self.method.seed, step, ids))
+        features: Tensor = self.backbone(images)
+        set_dropout_key(self.backbone, None)
+        return features
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Follow each head's loss over all ranks."""
+        super().after_step(progress)
+        if not self._losses:
+            return
+        own = torch.stack(self._losses).mean(dim=0)
+        shares = self.shares or collectives.equal_shares(1)
+        mean = collectives.all_sum(own * (shares.mine / shares.total))
+        self.running_losses.lerp_(mean, 1 - HEAD_MEMORY)
+        self._losses = []
+
+    def before_step(self, samples_seen: int, dataset: Dataset) -> None:
+        """Renew the labels when an event is due; several that are due at once are one."""
+        self._step = samples_seen // self.method.batch_size
+        if self._passed is None:
+            self._passed = int(self.passed)
+        due = int(np.searchsorted(self.times, samples_seen, side="right"))
+        if due > self._passed:
+            self._relabel(due - 1, samples_seen, dataset)
+            self._passed = due
+            self.passed.fill_(due)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """Take a checkpoint's weights, labels and events."""
+        self._passed = None
+        return super().load_state_dict(state_dict, *args, **options)
+
+    def due_heads(self, samples_seen: int) -> Sequence[int]:
+        """Return the heads whose labels are renewed: all, or the epoch's (CIFAR's code)."""
+        if self.method.heads_per_event == "all":
+            return range(self.method.num_heads)
+        return [samples_seen // self.per_epoch % self.method.num_heads]
+
+    @torch.no_grad()
+    def _relabel(self, event: int, samples_seen: int, dataset: Dataset) -> None:
+        heads = self.due_heads(samples_seen)
+        keeps_logits = len(heads) * self.method.num_clusters < self.backbone.dim
+        blocks = self._pass(event, dataset, heads if keeps_logits else None)
+        self._require_finite(blocks, event)
+        k = self.method.num_clusters
+        for place, head in enumerate(heads):
+            of = _Columns(place * k, k) if keeps_logits else self.heads[head]
+            scores = HeadScores(blocks, of, self.labels.device)
+            self._renew(event, head, scores, samples_seen)
+
+    def _pass(self, event: int, dataset: Dataset, heads: Sequence[int] | None) -> list[Block]:
+        """Return features of all images of this rank, or the logits of some heads side by side."""
+        method, device, training = self.method, self.labels.device, self.training
+        augmented = isinstance(method.label_pass, AugmentedPass)
+        order = torch.channels_last if method.channels_last else torch.contiguous_format
+        self.train(augmented)
+
+        def network(images: list[Tensor], ids: Tensor) -> Tensor:
+            # Negative numbers: no epoch and no step of the training draws the same.
+            view = self.pass_views(images, ids, -1 - event)[0].contiguous(memory_format=order)
+            with torch.autocast(device.type, torch.bfloat16, method.precision == "bfloat16"):
+                features = self.features(view, ids, step=-1 - event)
+            if heads is None:
+                return features
+            rows = at_least_float32(features)
+            return torch.cat([self.heads[head](rows) for head in heads], dim=1)
+
+        blocks = collected(
+            network,
+            dataset,
+            batch_size=method.batch_size,
+            seed=method.seed,
+            epoch=-1 - event,
+            shuffled=augmented,
+            device=device,
+        )
+        self.train(training)
+        return blocks
+
+    def _require_finite(self, blocks: list[Block], event: int) -> None:
+        """Raise TrainingError on every rank when a feature of any is not finite."""
+        bad = sum(int((~block.rows.isfinite()).any(dim=1).sum()) for block in blocks)
+        total = int(collectives.all_sum(torch.tensor(bad, device=self.labels.device)))
+        if total:
+            raise TrainingError(
+                f"Features of {total} images are not finite at event {event}. Lower optim.lr, or "
+                f"set precision=float32; the last checkpoint is from before this event."
+            )
+
+    def _renew(self, event: int, head: int, scores: HeadScores, samples_seen: int) -> None:
+        """Solve the assignment of one head, and note how it went."""
+        method, device = self.method, self.labels.device
+        progress = samples_seen / max(self.per_epoch * method.epochs, 1)
+        if isinstance(method.prior, EstimatedPrior) and progress > 0:
+            counts = scores.soft_counts(
+                method.sinkhorn.lam, lambda x: collectives.all_sum(x.to(device)).cpu()
+            )
+            kept = method.prior.keep
+            self.estimates[head].mul_(kept).add_(torch.from_numpy(counts).to(device) * (1 - kept))
+        start = self.log_r[head].cpu().numpy()
+        found = relabeled(
+            scores,
+            method.sinkhorn,
+            num_images=self.labels.shape[1],
+            shares=marginals(method.prior, self.estimates[head].cpu().numpy(), progress=progress),
+            start=start if method.sinkhorn.warm_start and np.isfinite(start).all() else None,
+            place=f"head {head} at event {event}",
+        )
+        self.log_r[head] = torch.from_numpy(found.solved.log_r).to(device)
+        numbers = self._measured(found, self.labels[head].cpu(), samples_seen)
+        self.labels[head] = found.labels.to(device)
+        row = [numbers.get(name, math.nan) for name in MEASURED]
+        self.events[event, head] = torch.tensor(row, dtype=torch.float64, device=device)
+        _say(event, head, found, numbers, method.sinkhorn.max_iterations)
+
+    def _measured(self, found: Relabeled, before: Tensor, samples_seen: int) -> dict[str, float]:
+        k, solved = self.method.num_clusters, found.solved
+        sizes = torch.bincount(found.labels.long(), minlength=k)
+        numbers = {
+            "samples_seen": float(samples_seen),
+            "iterations": float(solved.iterations),
+            "change": solved.change,
+            "converged": float(solved.converged),
+            "cost": found.cost,
+            "changed_share": float((found.labels != before).double().mean()),
+            "smallest": float(sizes.min()),
+            "largest": float(sizes.max()),
+        }
+        if self.truth is None:
+            return numbers
+        return numbers | agreement(found.labels.numpy(), self.truth, num_clusters=k)
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Return the mean over heads of what was noted of each head's last event."""
+        table = self.events[: self._passed or 0].cpu()
+        if not len(table):
+            return {}
+        known = ~table[..., 0].isnan()  # (events, T)
+        last = [
+            table[known[:, h].nonzero()[-1, 0], h]
+            for h in range(table.shape[1])
+            if known[:, h].any()
+        ]
+        means = dict(zip(MEASURED, torch.stack(last).mean(dim=0).tolist(), strict=True))
+        shown = {
+            name: x for name, x in means.items() if math.isfinite(x) and name != "samples_seen"
+        }
+        return {"events": float(self._passed or 0), **shown}
+
+    def best_head(self) -> int:
+        """Return the head with the lowest training loss over about the last 100 steps."""
+        return int(self.running_losses.argmin())
+
+    def encoder(self) -> Backbone:
+        """Return the backbone under the heads."""
+        return self.backbone
+
+
+class _Columns(nn.Module):
+    """Takes one head's logits out of those of several side by side."""
+
+    def __init__(self, first: int, width: int) -> None:
+        super().__init__()
+        self.first, self.width = first, width
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows[:, self.first : self.first + self.width]
+
+
+def _head(dim: int, num_clusters: int) -> nn.Linear:
+    head = nn.Linear(dim, num_clusters)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def first_labels(num_images: int, num_heads: int, num_clusters: int, *, seed: int) -> Array:
+    """Return labels (T, N) int32 from before the first event: i mod K, permuted for each head."""
+    places = np.arange(num_images)
+    return np.stack(
+        [
+            permuted(places, n=num_images, seed=seed, epoch=0, stream=LABEL_STREAM + head)
+            % num_clusters
+            for head in range(num_heads)
+        ]
+    ).astype(np.int32)
+
+
+def agreement(labels: Array, truth: Array, *, num_clusters: int) -> dict[str, float]:
+    """Return NMI, ARI and purity of labels (N,) against classes (N,), where those are known."""
+    counts = contingency(
+        labels, truth, num_clusters=num_clusters, num_classes=int(truth.max(initial=0)) + 1
+    )
+    return {
+        "nmi": normalized_mutual_information(counts),
+        "ari": adjusted_rand_index(counts),
+        "purity": purity(counts),
+    }
+
+
+def _say(event: int, head: int, found: Relabeled, numbers: Mapping[str, float], bound: int) -> None:
+    text = f"event {event}, head {head}: {found.solved.iterations} iterations"
+    text += f", {numbers['changed_share']:.1%} of the labels changed"
+    log.info("sela: %s", text)
+    if not found.solved.converged:
+        log.warning(
+            "sela: event %d, head %d: the change per image is still %.2g after "
+            "sinkhorn.max_iterations=%d; clusters are less equal than asked for",
+            *(event, head, found.solved.change, bound),
+        )
