@@ -149,7 +149,11 @@ def _probe(run: Run) -> str:
     text = f"On {scores['num_test']:,} held-out images, trained on {scores['num_train']:,}."
     head = ("of frozen embeddings", "accuracy", "95 % interval")
     body = "<h3>Probe</h3>" + paragraph(text, note=True) + table(head, rows, numeric=(1,))
-    columns = {key: scores[key]["per_class"] for key in ("knn", "linear") if key in scores}
+    columns = {
+        key: scores[key]["per_class"]
+        for key in ("knn", "linear")
+        if "per_class" in scores.get(key, {})  # runs of earlier versions have none
+    }
     return body + (class_table(run, columns) if columns else "")
 
 

@@ -38,15 +38,20 @@ class Place:
         return f"{self.table}.{self.prefix}".strip(".") or "the top level"
 
 
-def tables(loaded: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (place, tensors by key) of every mapping within a checkpoint that holds tensors."""
-    if not isinstance(loaded, Mapping):
+def tables(
+    loaded: Any, name: str = "", *, depth: int = 8
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield (place, tensors by key) of every mapping within a checkpoint that holds tensors.
+
+    Down to `depth` mappings within each other: a file may hold one that lies within itself.
+    """
+    if not isinstance(loaded, Mapping) or not depth:
         return
     own = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if own:
         yield name, own
     for key, value in loaded.items():
-        yield from tables(value, f"{name}.{key}".lstrip("."))
+        yield from tables(value, f"{name}.{key}".lstrip("."), depth=depth - 1)
 
 
 def networks(table: str, keys: Iterable[str]) -> Iterator[Place]:

@@ -252,3 +252,12 @@ def test_a_file_without_weights_is_refused(tmp_path: Path, content: object) -> N
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"nowhere\.pt"):
         load_foreign(tmp_path / "nowhere.pt", ResNetConfig())
+
+
+def test_a_checkpoint_that_lies_within_itself_is_read_all_the_same(
+    tmp_path: Path, resnet18: Weights
+) -> None:
+    whole: dict[str, object] = {"state_dict": body(resnet18)}
+    whole["again"] = whole
+    torch.save(whole, tmp_path / "x.pt")
+    assert load_foreign(tmp_path / "x.pt", ResNetConfig()).place.table == "state_dict"
