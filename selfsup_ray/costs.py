@@ -6,14 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfsup_ray.cluster.stream import BUFFER_BYTES
+from selfsup_ray.cluster.stream import held_bytes
 from selfsup_ray.costs_classify import classify_cost
 from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.costs_labelled import labelled_cost, maps_cost
 from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds, view_seconds
 from selfsup_ray.costs_sela import labels_bytes, relabeling_bytes, relabeling_passes
-from selfsup_ray.data.stream import READS_AT_A_TIME, StreamFeed
-from selfsup_ray.data.stream_order import BLOCK_ROWS
 from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
@@ -210,7 +208,8 @@ def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     per_worker = batch / max(ask.workers, 1) / made.config.accumulate
     kept = net.activation_bytes * made.kept * per_worker * (0.6 if bfloat16 else 1)
     kept += relabeling_bytes(e.sela, n) if e.sela and stage == "sela" else 0
-    kept += _held(e) if stage == "pretext" else 0
+    if stage == "pretext" and e.pretext is not None:
+        kept += held_bytes(e.pretext.feed, _stored_bytes(e.ingest), workers=ask.workers)
     num_images = n // batch * batch * made.config.epochs
     seconds, note = _seconds_per_image(made, backbone, side, e.ingest.image_size, folder)
     return Cost(
@@ -219,17 +218,6 @@ def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
         seconds=num_images * seconds,
         assumes=f"{num_images:,} images in {made.config.epochs} epochs, {note}",
     )
-
-
-def _held(e: Experiment) -> float:
-    """Return the bytes of images that a worker holds which streams them, and that Ray has ready."""
-    assert e.ingest is not None and e.pretext is not None
-    feed, workers = e.pretext.feed, e.pretext.resources.workers
-    if not isinstance(feed, StreamFeed):
-        return 0.0
-    images = (feed.buffer + feed.lanes * BLOCK_ROWS) / max(workers, 1)
-    ahead = BUFFER_BYTES if workers else READS_AT_A_TIME * BLOCK_ROWS * _stored_bytes(e.ingest)
-    return images * _stored_bytes(e.ingest) + ahead
 
 
 def _assignments(e: Experiment, stage: str, n: int) -> int:

@@ -25,7 +25,7 @@ from selfsup_ray.errors import ResourceError, UserError
 
 if TYPE_CHECKING:
     from selfsup_ray.data.datasets import Dataset
-    from selfsup_ray.data.stream import Arrival
+    from selfsup_ray.data.stream import Arrival, Feed
     from selfsup_ray.data.stream_order import Piece
 
 TASKS = 4
@@ -81,6 +81,21 @@ def require_reader(resources: Resources, *, stage: str) -> None:
         f"each and a CPU more, for the tasks that read for them, but Ray has {total:g}. Lower "
         f"{stage}.resources, or join a larger cluster with --address."
     )
+
+
+def held_bytes(feed: Feed, image_bytes: float, *, workers: int) -> float:
+    """Return the memory for stored images of a worker which streams them; 0 for a mapped feed.
+
+    image_bytes: of an image in its shard. What Ray has read ahead for the worker counts in.
+    """
+    from selfsup_ray.data.stream import READS_AT_A_TIME, StreamFeed
+    from selfsup_ray.data.stream_order import BLOCK_ROWS
+
+    if not isinstance(feed, StreamFeed):
+        return 0.0
+    images = (feed.buffer + feed.lanes * BLOCK_ROWS) / max(workers, 1)
+    ahead = BUFFER_BYTES if workers else READS_AT_A_TIME * BLOCK_ROWS * image_bytes
+    return images * image_bytes + ahead
 
 
 def _execution(images: StoredImages, tasks: list[list[Piece]]) -> Generator[Arrival, None, None]:
