@@ -18,7 +18,7 @@ from selfsup_ray.experiment import Experiment, seeded
 from selfsup_ray.planning import UP_TO, plan_experiment, require_room
 from selfsup_ray.report import write_report
 from selfsup_ray.run_lock import alone
-from selfsup_ray.steps import run_stage
+from selfsup_ray.steps import require_packages, run_stage
 from selfsup_ray.tracking import UNSENT, Store, Tracker, open_run
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def run_experiment(
     """Run an experiment that was made in Python; see `run`."""
     experiment = seeded(experiment)
     made = plan_experiment(experiment, only=only, until=until)
+    require_packages(experiment, made.to_run)
     require_room(made)
     for step in made.steps:
         if step.state == "current":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from selfsup_ray.errors import ArtifactError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.models.portable import require_onnx
 from selfsup_ray.stages.classify import Classified, classify
 from selfsup_ray.stages.diffuse import Diffusion, diffuse
 from selfsup_ray.stages.dimension import PatchDimension, patch_dimension
@@ -24,7 +25,7 @@ from selfsup_ray.stages.graph import Graph, build_graph
 from selfsup_ray.stages.ingest import ingest
 from selfsup_ray.stages.linear import Linear, linear
 from selfsup_ray.stages.lowshot import LowShot, low_shot
-from selfsup_ray.stages.maps import Maps, draw_maps
+from selfsup_ray.stages.maps import Maps, draw_maps, require_opentsne
 from selfsup_ray.stages.patches import fit_patches
 from selfsup_ray.stages.pretext import pretrain
 from selfsup_ray.stages.probe import Probe, probe
@@ -113,6 +114,15 @@ def run_stage(stage: str, experiment: Experiment, at: Folders, tracker: Tracker 
     Raises whatever the stage raises, ArtifactError when an input is missing.
     """
     RUN[stage](experiment, at, tracker)
+
+
+def require_packages(experiment: Experiment, stages: Sequence[str]) -> None:
+    """Raise ConfigError unless the optional packages that these stages use are installed."""
+    maps, exported = experiment.maps, experiment.export
+    if maps and "maps" in stages and "tsne" in maps.methods and maps.tsne == "opentsne":
+        require_opentsne()
+    if exported and "export" in stages and "onnx" in exported.formats:
+        require_onnx()
 
 
 def _ingest(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
