@@ -14,17 +14,43 @@ import numpy as np
 from selfsup_ray import plots
 from selfsup_ray.artifacts import write_text
 from selfsup_ray.cluster.tune import Trial
+from selfsup_ray.data.published_contrastive import (
+    BATCH,
+    BATCH_NORMS,
+    METHODS,
+    TEMPERATURE_C10,
+    TEMPERATURE_C100,
+)
 from selfsup_ray.data.published_patches import BY_K, BY_SIZE
 from selfsup_ray.report_html import Section, duration, figures, page, paragraph, plain, table
 from selfsup_ray.report_published import Points, beside
 from selfsup_ray.report_sweep_space import is_seed, short, space_figures, text
 
-Published = Literal["patches_k", "patches_size"]
+Published = Literal[
+    "patches_k",
+    "patches_size",
+    "insdis_temperature_c10",
+    "insdis_temperature_c100",
+    "byol_batch",
+    "byol_bn",
+    "contrastive_methods",
+]
 PUBLISHED: dict[Published, tuple[str, Points]] = {
     "patches_k": ("classify.model.k", BY_K),
     "patches_size": ("patches.size", BY_SIZE),
+    "insdis_temperature_c10": ("pretext.method.temperature", TEMPERATURE_C10),
+    "insdis_temperature_c100": ("pretext.method.temperature", TEMPERATURE_C100),
+    "byol_batch": ("pretext.batch_size", BATCH),
 }
 """Name -> the key that was varied, and the published number by its value."""
+PUBLISHED_ROWS: dict[Published, tuple[tuple[str, ...], Mapping[tuple[str, ...], float]]] = {
+    "byol_bn": (
+        tuple(f"pretext.method.{part}.batch_norm" for part in ("head", "predictor", "target_head")),
+        BATCH_NORMS,
+    ),
+    "contrastive_methods": (("pretext.method.name",), METHODS),
+}
+"""Name -> the keys that were varied, and the published number by their values as text."""
 MOST_BARS = 30
 """Points drawn as bars, the best ones; the table has all."""
 
@@ -91,7 +117,7 @@ def _drawn(
     """Return lines over the key with most numbers, a line for each value of the others; or bars."""
     key = _numeric_key(values)
     if key is None:
-        return _bars(values, metric)
+        return _bars(values, metric) + _beside_rows(values, metric, published)
     measured: dict[str, dict[float, float]] = {}
     for point, found in values.items():
         others = [f"{short(name)} {text(value)}" for name, value in point if name != key]
@@ -123,6 +149,25 @@ def _bars(values: Mapping[Point, Sequence[float]], metric: str) -> str:
     draw = partial(plots.plot_values, names, means, xlabel=metric, title=f"{metric}, best first")
     height = 1.2 + 0.28 * len(shown)
     return figures([plots.svg(draw, width=6.0, height=height, label=f"{metric} of each point")])
+
+
+def _beside_rows(
+    values: Mapping[Point, Sequence[float]], metric: str, published: Published | None
+) -> str:
+    """Return the published table with the means beside it, in its order; "" where there is none."""
+    if published not in PUBLISHED_ROWS:
+        return ""
+    keys, known = PUBLISHED_ROWS[published]
+    means: dict[tuple[str, ...], float] = {}
+    for point, found in values.items():
+        given = dict(point)
+        means[tuple(text(given.get(key)) for key in keys)] = statistics.fmean(found)
+    rows = [
+        (*row, f"{means[row]:.4f}" if row in means else "", f"{number:.4f}")
+        for row, number in known.items()
+    ]
+    head = (*keys, metric, f"{metric}, published")
+    return table(head, rows, numeric=range(len(keys), len(head)))
 
 
 def _points(values: Mapping[Point, Sequence[float]], metric: str) -> str:

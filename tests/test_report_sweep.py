@@ -1,15 +1,25 @@
 """The page of a sweep: lines over numbers, bars over names, means over seeds, published values."""
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfsup_ray.cluster.tune import Trial
-from selfsup_ray.report_sweep import PUBLISHED, Published, StageCost, write_sweep_report
-from selfsup_ray.report_sweep_space import Axis, axis, column
+from selfsup_ray.report_sweep import (
+    PUBLISHED,
+    PUBLISHED_ROWS,
+    Published,
+    StageCost,
+    write_sweep_report,
+)
+from selfsup_ray.report_sweep_space import Axis, axis, column, text
+from selfsup_ray.sweeping import prepared
 
 METRIC = "classify.max_accuracy"
+ROOT = Path(__file__).parent.parent
 
 
 def trial(value: float, error: str | None = None, **changes: Any) -> Trial:
@@ -42,8 +52,44 @@ def test_the_published_curve_stands_beside_the_key_it_was_measured_over(tmp_path
     )
 
 
-def test_every_published_series_is_one_of_an_experiment_that_exists():
-    assert {key for key, _ in PUBLISHED.values()} == {"classify.model.k", "patches.size"}
+def test_every_published_series_is_named_and_drawn_by_one_sweep(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    found: dict[Published, list[Path]] = {}
+    for path in sorted(Path("experiments/sweeps").glob("*.yaml")):
+        made, _ = prepared(path, {})
+        if made.published is not None:
+            found.setdefault(made.published, []).append(path)
+            keys, values = PUBLISHED_ROWS.get(made.published, ((), {}))
+            if not keys:
+                key, points = PUBLISHED[made.published]
+                keys, values = (key,), {(text(value),): point for value, point in points.items()}
+            assert tuple(made.space) == keys
+            choices = [[text(value) for value in made.space[key].choice or ()] for key in keys]
+            assert {*itertools.product(*choices)} == {
+                tuple(str(value) for value in row) for row in values
+            }
+    assert found.keys() == PUBLISHED.keys() | PUBLISHED_ROWS.keys()
+
+
+def test_the_published_table_of_batch_norms_has_the_means_of_the_trials(tmp_path: Path):
+    keys, known = PUBLISHED_ROWS["byol_bn"]
+    trials = [
+        Trial(dict(zip(keys, values, strict=True)), {METRIC: number}, None, 1.0)
+        for values, number in (
+            (("hidden", "hidden", "hidden"), 0.4),
+            ((None, "hidden", None), 0.3),
+            ((None, None, None), 0.0125),
+        )
+    ]
+    page = written(tmp_path / "bn", trials, "byol_bn")
+    rows = re.findall(r"<tr>(.*?)</tr>", page, flags=re.S)
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, flags=re.S) for row in rows]
+    assert [*keys, METRIC, f"{METRIC}, published"] in cells
+    assert ["hidden", "hidden", "hidden", "0.4000", "0.6274"] in cells
+    assert ["none", "hidden", "none", "0.3000", "0.5067"] in cells
+    assert ["none", "none", "none", "0.0125", "0.0156"] in cells
+    assert ["hidden", "none", "hidden", "", "0.6266"] in cells  # no trial yet
+    assert sum(len(row) == 5 for row in cells) == 1 + len(known)
 
 
 def test_names_make_bars_and_two_keys_make_a_line_each(tmp_path: Path):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import logging
+import re
 import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
-from selfsup_ray.artifacts import begin, finish
+from selfsup_ray.artifacts import Array, begin, finish
 from selfsup_ray.batches import require_cut
 from selfsup_ray.cluster.stream import require_reader
 from selfsup_ray.config import NonNegative, Positive, config
@@ -66,7 +70,9 @@ class PretextConfig(TrainConfig):
     schedule: ScheduleConfig = CosineSchedule(final_ratio=1e-3, per="epoch")
     feed: Feed = MappedFeed()
     """How images reach the workers: `mapped` from shards on each node, or `stream`ed to them."""
-
+    without: str | None = None
+    """Train on no image whose source matches, such as the test images' `test/*`: * stands for any
+    text, slashes included."""
     online_probe: OnlineProbeConfig | None = None
     """Watch how well a line separates the labelled classes as training goes on, as
     `online_accuracy`; the encoder comes out the same, bit for bit. None: no labels are read."""
@@ -74,6 +80,11 @@ class PretextConfig(TrainConfig):
     def __post_init__(self) -> None:
         if isinstance(self.feed, StreamFeed):
             _require_streamable(self.feed, self.method.name, self.batch_size)
+            if self.without is not None:
+                raise ValueError(
+                    f"feed.name=stream reads whole shards, but without={self.without!r} leaves out "
+                    f"some images; take feed.name=mapped, or ingest the others alone"
+                )
         if self.epochs == 0 and self.initial_weights is None:
             raise ValueError("epochs=0 needs initial_weights, or nothing has been learned")
         if self.epochs == 0 and self.output == "head":
@@ -124,6 +135,7 @@ def pretrain(
         return _keep_initial(corpus, config, out=out, inputs=inputs, began=began)
     if config.online_probe is not None and not corpus.has_labels:
         raise ConfigError("pretext.online_probe needs labels, but no image has one: leave it out.")
+    _subset(corpus, config.without)
     check_method(config.method, batch_size=config.batch_size)
     together = images_together(config.method.batch_norm)
     require_cut(config, together=together, workers=config.resources.workers)
@@ -150,11 +162,13 @@ def pretrain(
 
 def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Dataset, MakeViews]:
     backbone = _initial_backbone(config)
+    images = Images(corpus, _subset(corpus, config.without))
     objective: Objective = build_pretext(
-        config.method, backbone, num_images=len(corpus), seed=config.seed
+        config.method, backbone, num_images=len(images), seed=config.seed
     )
     if config.online_probe is not None:
-        objective = _watched(objective, config.online_probe, corpus)
+        labels = corpus.labels(images.corpus_ids(np.arange(len(images))))
+        objective = _watched(objective, config.online_probe, labels)
     views = Views(
         config.views,
         image_size=corpus.image_size,
@@ -163,14 +177,35 @@ def _build(corpus: Corpus, config: PretextConfig) -> tuple[Objective, Dataset, M
     )
     match config.feed:
         case MappedFeed():
-            return objective, Images(corpus), views
+            return objective, images, views
         case StreamFeed():
             size, seed = config.batch_size, config.seed
             return objective, Stream(corpus, config.feed, batch_size=size, seed=seed), views
 
 
-def _watched(method: Objective, probe: OnlineProbeConfig, corpus: Corpus) -> OnlineProbe:
-    labels = corpus.labels()
+def _subset(corpus: Corpus, without: str | None) -> Array | None:
+    """Return the ids of the images that are trained on, ascending; None for all.
+
+    Raises ConfigError when the pattern leaves all of them out, or none.
+    """
+    if without is None:
+        return None
+    fits, kept = re.compile(fnmatch.translate(without)).match, []
+    for first, stop in itertools.pairwise(corpus.offsets):
+        ids = np.arange(first, stop)
+        is_out = np.array([fits(source) is not None for source in corpus.sources(ids)], bool)
+        kept.append(ids[~is_out])
+    found = np.concatenate(kept)
+    if len(found) in (0, len(corpus)):
+        raise ConfigError(
+            f"pretext.without={without!r} matches {len(corpus) - len(found):,} of the "
+            f"{len(corpus):,} images; the first one's source is "
+            f"{corpus.sources(np.array([0]))[0]!r}. Change the pattern; * stands for any text."
+        )
+    return found
+
+
+def _watched(method: Objective, probe: OnlineProbeConfig, labels: Array) -> OnlineProbe:
     num_classes = int(labels.max()) + 1
     return OnlineProbe(method, torch.from_numpy(labels), num_classes=num_classes, config=probe)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from selfsup_ray.data.views import (
     IMAGENET_STD,
     BYOLViews,
     EvalView,
+    InsDisViews,
     MoCoV1Views,
     MoCoV2Views,
     ScanSimCLRViews,
@@ -31,6 +33,7 @@ from selfsup_ray.ops.augment import augment, center
 PRESETS = [
     StandardViews(),
     SimCLRViews(),
+    InsDisViews(),
     MoCoV1Views(),
     MoCoV2Views(),
     BYOLViews(),
@@ -70,6 +73,20 @@ def test_moco_v1_is_gray_then_always_jitter_and_has_no_blur():
     assert numbers.order == ("gray", "jitter") and numbers.gray_p == 0.2
     assert numbers.jitter == (0.4, 0.4, 0.4, 0.4) and numbers.jitter_p == 1
     assert numbers.scale == (0.2, 1.0) and numbers.blur_p == 0 and numbers.flip_p == 0.5
+
+
+def test_insdis_on_cifar_is_always_jitter_then_gray_and_has_no_flip():
+    numbers = recipe(InsDisViews(), 32)
+    assert numbers.order == ("jitter", "gray", "blur", "solarize") and numbers.gray_p == 0.2
+    assert numbers.jitter == (0.4, 0.4, 0.4, 0.4) and numbers.jitter_p == 1
+    assert numbers.scale == (0.2, 1.0) and numbers.blur_p == 0 and numbers.flip_p == 0
+    assert numbers.solarize_p == 0 and numbers.interpolation == "bilinear"
+
+
+def test_aug_plus_differs_from_it_in_flip_jitter_hue_and_blur():
+    base, plus = recipe(InsDisViews(), 32), recipe(MoCoV2Views(), 32)
+    changed = {f.name for f in fields(base) if getattr(base, f.name) != getattr(plus, f.name)}
+    assert changed - {"blur_radius", "rotate_degrees"} == {"flip_p", "jitter", "jitter_p", "blur_p"}
 
 
 def test_moco_v2_blurs_with_three_of_the_largest_sigma():
