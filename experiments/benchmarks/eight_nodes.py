@@ -101,8 +101,7 @@ class Records:
 
 def kill_one(records: Records, state: Path, killed: list[int]) -> None:
     """Kill one actor of k-means once its first rounds are written."""
-    deadline = time.monotonic() + 300
-    while not state.exists() and time.monotonic() < deadline:
+    while not state.exists():  # on a busy machine the actors take minutes to start
         time.sleep(0.01)
     alive = [actor for actor in records.actors("PointShard") if actor.state == "ALIVE"]
     with suppress(ProcessLookupError):

@@ -40,7 +40,7 @@ def configs(batch: int) -> dict[str, PretextConfig]:
         "moco, shuffle": MoCoConfig(queue_size=256, batch_norm=ShuffleNorm(group_size=8)),
         "moco, sync": MoCoConfig(queue_size=256, batch_norm=SyncNorm()),
         "byol, sync": BYOLConfig(batch_norm=SyncNorm()),
-        "insdis": InsDisConfig(),
+        "insdis, local": InsDisConfig(batch_norm=LocalNorm()),
     }
     backbone = ResNetConfig(stem="cifar", width=16)
     return {

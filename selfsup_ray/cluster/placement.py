@@ -86,9 +86,10 @@ class Share:
 def place(cluster: Cluster, asked: Resources, *, stage: str, at_most: bool) -> tuple[Share, ...]:
     """Return where the workers of a stage will be: on as few nodes as hold them.
 
-    Nodes that are there come first, and those without GPUs for work without. at_most: `workers` is
-    an upper bound, so one is enough. Raises ResourceError when the cluster can never hold them, in
-    the words in which a run would be refused.
+    Nodes that are there come first, those without GPUs for work without, and those that the workers
+    fill best, as Ray's autoscaler has it. at_most: `workers` is an upper bound, so one is enough.
+    Raises ResourceError when the cluster can never hold them, in the words in which a run would be
+    refused.
     """
     if asked.workers == 0:
         return ()
@@ -103,7 +104,8 @@ def _filled(cluster: Cluster, asked: Resources, *, wanted: int | None) -> list[S
 
     def rank(kind: NodeType) -> tuple[bool, float, int]:
         fit = kind.fit(asked)
-        return (kind.gpus > 0 and not asked.gpus, -fit * asked.cpus / max(kind.cpus, 1e-9), -fit)
+        used = min(fit, fit if wanted is None else wanted) * asked.cpus / max(kind.cpus, 1e-9)
+        return (kind.gpus > 0 and not asked.gpus, -used, -fit)
 
     types = sorted((kind for kind in cluster.types if kind.fit(asked)), key=rank)
     left = float("inf") if wanted is None else wanted

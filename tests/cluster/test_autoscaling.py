@@ -61,9 +61,9 @@ def nodes(head: Any) -> Counter[str]:
     return Counter(kinds)
 
 
-def command(head: Any, *arguments: str) -> subprocess.Popen[str]:
+def command(head: Any, *arguments: str, name: str = "run") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "selfsup_ray", "run", *arguments],
+        [sys.executable, "-m", "selfsup_ray", name, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -116,6 +116,18 @@ def test_what_no_node_type_can_hold_fails_at_once_and_no_node_comes(head: Any, e
     )
     assert nodes(head) == {"head": 1}
     assert not (experiment.parent / "run/ingest").exists()
+
+
+@pytest.mark.timeout(300)
+def test_a_plan_for_an_empty_cluster_names_the_nodes_to_come_and_starts_none(
+    head: Any, experiment: Path
+):
+    plan = command(head, str(experiment), "--address", head.address, name="plan")
+    output = plan.communicate(timeout=240)[0]
+    assert plan.returncode == 0, output
+    assert "may add 3, of 2 data (1 CPUs), 1 large (3 CPUs)" in output
+    assert "2 on 2 x data" in output and "1 on 1 x large" in output
+    assert nodes(head) == {"head": 1}
 
 
 @pytest.mark.slow

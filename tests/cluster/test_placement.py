@@ -137,6 +137,7 @@ def test_the_command_prints_json_with_given_prices_and_refuses_unknown_names(
     base = ["plan", str(experiment), "--cluster", str(ROOT / "cluster.yaml"), "--json"]
     assert main([*base, "--price", "cpu=100", "--price", "m7i.2xlarge=0"]) == 0
     made = json.loads(capsys.readouterr().out)
+    assert made["cluster"]["max_added"] == 12 and "launched" not in made["cluster"]
     assert made["prices"] == {"head": 0.0, "cpu": 100.0, "gpu": 4.6}
     whiten = next(step for step in made["steps"] if step["stage"] == "whiten")
     assert whiten["placed"]["dollars"] == pytest.approx(whiten["placed"]["seconds"] / 36)
