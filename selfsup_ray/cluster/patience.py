@@ -17,7 +17,9 @@ class GivenUpError(Exception):
 
     def __str__(self) -> str:
         shown = "; ".join(f"worker {rank}: {error!r}" for rank, error in self.errors.items())
-        return f"{self.failures} failures without a new checkpoint between them; the last: {shown}"
+        notes = [note for error in self.errors.values() for note in getattr(error, "__notes__", ())]
+        last = f"{self.failures} failures without a new checkpoint between them; the last: {shown}"
+        return "\n".join([last, *notes[:1]])
 
 
 class Patience(UserCallback):

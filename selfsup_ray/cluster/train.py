@@ -6,6 +6,7 @@ import logging
 import shutil
 import signal
 import threading
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -222,6 +223,9 @@ def _worker(task: dict[str, Any]) -> dict[str, str]:
         except (ConfigError, TrainingError) as error:
             # Raised by every rank alike, and again after a restart: so an answer, not a failure.
             return {"error": type(error).__name__, "message": str(error)}
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # a note travels to the driver, a traceback not
+            raise
     return {"finished": str(out)}
 
 

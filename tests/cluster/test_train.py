@@ -26,7 +26,7 @@ from selfsup_ray.models.backbones import ResNetConfig, build_backbone
 from selfsup_ray.models.pretext import SimCLR, SimCLRConfig
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.optim import SGDConfig
-from selfsup_ray.tracking import TrackingConfig, open_run, read_records
+from selfsup_ray.tracking import Tracker, TrackingConfig, open_run, read_records
 from selfsup_ray.training import State, TrainConfig, TrainJob, load_state
 
 CONFIG = TrainConfig(
@@ -158,6 +158,35 @@ def test_a_killed_worker_changes_no_bit_of_the_result(on_two_workers, tmp_path):
     assert_bitwise_equal(state, on_two_workers[0])
     steps = [record["step"] for record in read_records(tmp_path / "metrics.jsonl")]
     assert steps == [2, 3, 4, 6, 8, 9, 10]
+
+
+class Broken(Noise):
+    """Images of which one, in the second epoch, cannot be read by this code."""
+
+    def batch(self, ids: np.ndarray, *, epoch: int) -> list[Tensor]:
+        if epoch == 1 and 7 in ids:
+            time.sleep(1)  # let the steps before it end
+            with open(self.mark, "a") as file:
+                file.write("x")
+            raise ValueError("a bug of the user's")
+        return super().batch(ids, epoch=epoch)
+
+
+def build_broken(mark: Path) -> tuple[SimCLR, Noise, object]:
+    objective, _, make_views = build(None, mark, 0.0)
+    return objective, Broken(None, mark, 0.0), make_views
+
+
+@pytest.mark.slow
+def test_a_bug_that_comes_back_ends_the_training_after_its_failures(by_value, tmp_path):
+    config = dataclasses.replace(CONFIG, max_failures=1, resources=Resources(workers=1))
+    job = TrainJob(partial(build_broken, tmp_path / "tries"), config)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match=r"2 failures without a new checkpoint.*a bug") as caught:
+        train(job, out=tmp_path, tracker=Tracker(tmp_path, None))
+    assert 'raise ValueError("a bug of the user' in str(caught.value)  # where it was raised
+    assert (tmp_path / "tries").read_text() == "xx"
+    state = load_state(tmp_path / "checkpoint.pt")
+    assert state is not None and 0 < state["step"] < STEPS
 
 
 @pytest.mark.slow
