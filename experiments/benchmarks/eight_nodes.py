@@ -164,6 +164,8 @@ def main() -> None:
         own_loopback()
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     os.environ |= {"RAY_DATA_USE_DATASOURCE_V2": "0", "OMP_NUM_THREADS": "1"}
+    # Every node here sees the memory of the whole machine, and would kill workers for the others'.
+    os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}
     from selfsup_ray.cluster.placement import live_cluster
     from selfsup_ray.data.synthetic import write_shapes
     from selfsup_ray.planning import plan_experiment

@@ -309,6 +309,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # or others' memory kills workers
     import torch
 
     from selfsup_ray.cluster.session import session
