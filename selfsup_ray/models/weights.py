@@ -183,15 +183,16 @@ def inspect_foreign(path: Path) -> str:
     known = [name for name in place.names.values() if BODY.match(name)]
     over = grouped([key for key, n in place.names.items() if not BODY.match(n)], ())
     over += grouped([key for key in table if key not in place.names], others)
-    stem = " (or stl: the same weights)" if found["stem"] == "cifar" else ""
+    values = ", ".join(f"{key}: {value}" for key, value in found.items())
     lines = [
         f"{path}: {found['name']}, {len(known)} keys at {place}",
         f"keys left out: {', '.join(over) or 'none'}",
         *(f"another network: {other}" for other in others),
         "to embed images with it, no training:",
-        f"  pretext: {{initial_weights: {path}, epochs: 0, "
-        f"backbone: {{{', '.join(f'{key}: {value}' for key, value in found.items())}}}}}{stem}",
+        f"  pretext: {{initial_weights: {path}, epochs: 0, backbone: {{{values}}}}}",
     ]
+    if found["stem"] == "cifar":
+        lines.append("  (stem: stl has the same weights; it pools after the first layer)")
     return "\n".join(lines)
 
 
