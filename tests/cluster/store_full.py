@@ -32,11 +32,12 @@ def stored(folder: Path) -> ShardedArray:
 def main(folder: Path, disk: Path) -> None:
     """Search with the store full, then with the disk full."""
     ray.init(
+        address="local",
         num_cpus=3,
         object_store_memory=STORE,
         include_dashboard=False,
         log_to_driver=False,
-        _object_spilling_directory=str(disk),
+        object_spilling_directory=str(disk),
     )
     array, facts = stored(folder), {}
     queries = np.asarray(array)
