@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.cluster_utils import Cluster
+from nodes import added, started
 from torch import Tensor
 
 from selfsup_ray import collectives
@@ -34,13 +33,6 @@ from selfsup_ray.training import State, TrainConfig, TrainJob
 N, BATCH, EPOCHS = 75, 15, 4  # batches of 15: 8 images on one worker and 7 on the other
 STEPS = EPOCHS * N // BATCH
 LOST_AT, GROWN_AT = 7, 13  # in the middle of epochs; checkpoints are made every 3 steps
-STORE = 150 * 2**20
-SEES_A_DEAD_NODE_SOON = {  # a killed one refuses at once; a busy one may take its time
-    "health_check_initial_delay_ms": 5000,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 20_000,
-    "health_check_failure_threshold": 4,
-}
 
 
 class Noise:
@@ -136,16 +128,6 @@ def wait_for(folder: Path, step: int, workers: int) -> dict[str, Any]:
     raise TimeoutError(f"no step {step} on {workers} workers; {notes(folder)[-3:]}")
 
 
-def patiently(start: Callable[[], Any]) -> Any:
-    """Start a node; on a busy machine its agents may not be up in the time that Ray gives them."""
-    for _ in range(4):
-        try:
-            return start()
-        except Exception as error:
-            failed = error
-    raise failed
-
-
 def change(cluster: Any, folder: Path, nodes: list[Any], times: dict[str, float]) -> None:
     """Kill the node of rank 0 in the middle of an epoch, and give another one later."""
     doomed = wait_for(folder, LOST_AT, 2)["node"]
@@ -154,20 +136,14 @@ def change(cluster: Any, folder: Path, nodes: list[Any], times: dict[str, float]
     times["killed"] = time.time()
     times["on_one"] = wait_for(folder, GROWN_AT, 1)["time"]
     times["added"] = time.time()
-    patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=STORE))
+    added(cluster, cpus=1)
 
 
 def main(folder: Path) -> None:
     """Train on a cluster that changes, then in this process, and write `result.json`."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"
     trainer.RESIZE_CHECK_S = 1.0
-    head: dict[str, Any] = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
-    head["_system_config"] = SEES_A_DEAD_NODE_SOON
-    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
-    add = partial(cluster.add_node, object_store_memory=STORE)
-    # Packed, both workers would be on the first.
-    nodes = [patiently(partial(add, num_cpus=n)) for n in (2, 1)]
+    cluster, nodes = started([2, 1])  # packed, both workers would be on the first
     ray.init(address=cluster.address, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     times, states = {"started": time.time()}, list[State]()
