@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import re
 import typing
@@ -44,7 +45,8 @@ def config(cls: type[C]) -> type[C]:
     """Turn a class into a frozen, keyword-only, validated config that forbids unknown keys.
 
     A bad value raises ConfigError naming the dotted key, however the config is made. Rules about
-    two fields go in `__post_init__` and raise ValueError naming both.
+    two fields go in `__post_init__` and raise ValueError naming both. A class may have `NOT_HERE`:
+    keys that people look for in it, and why they are not there.
     """
     rules = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
     made = pydantic_dataclass(frozen=True, kw_only=True, config=rules)(cls)
@@ -238,7 +240,11 @@ def explain(error: ValidationError, *, cls: type, prefix: str) -> str:
     key = ".".join(filter(None, [prefix, *_written(cls, loc)]))
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            allowed = sorted(_names_at(cls, loc[:-1]))
+            here = _configs_at(cls, loc[:-1])
+            for refused in filter(None, (vars(c).get("NOT_HERE") for c in _bases(here))):
+                if loc[-1] in refused:
+                    return f"`{key}` cannot be set: {refused[loc[-1]]}."
+            allowed = sorted({f.name for c in here for f in dataclasses.fields(c)})
             near = difflib.get_close_matches(loc[-1], allowed, n=1, cutoff=0.5)
             hint = f"did you mean `{near[0]}`? " if near else ""
             return f"Unknown key `{key}`: {hint}Allowed here: {', '.join(allowed)}."
@@ -306,11 +312,16 @@ def _written(cls: type, loc: list[str]) -> list[str]:
     return [part for part, _, is_tag in _walk(cls, loc) if not is_tag]
 
 
-def _names_at(cls: type, loc: list[str]) -> set[str]:
+def _configs_at(cls: type, loc: list[str]) -> list[Any]:
+    """Return the configs that may stand at an error's location."""
     here = [cls]
     for _, here, _ in _walk(cls, loc):  # noqa: B007  the last one is wanted
         pass
-    return {f.name for c in here for f in dataclasses.fields(c)}
+    return here
+
+
+def _bases(classes: list[Any]) -> Iterator[type]:
+    yield from itertools.chain.from_iterable(c.__mro__ for c in classes)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, cast
 
 import numpy as np
 import torch
@@ -63,6 +63,11 @@ class State(TypedDict):
 @config
 class TrainConfig:
     """How an objective is trained; stage configs inherit it."""
+
+    NOT_HERE: ClassVar = {
+        "feed": "this stage looks images up by their ids, in memory-mapped shards; a stream serves "
+        "only pretext.method simclr, moco and byol (pretext.feed)"
+    }
 
     epochs: Positive
     batch_size: Positive = 256

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from selfsup_ray.batches import Batches
+from selfsup_ray.cluster.stream import BUFFER_BYTES, held_bytes
+from selfsup_ray.config import build
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.shard_files import Rows, shard_path, write_shard
 from selfsup_ray.data.shard_ranges import StoredImages, parsed
-from selfsup_ray.data.stream import Stream, StreamFeed, read_here
+from selfsup_ray.data.stream import MappedFeed, Stream, StreamFeed, read_here
 from selfsup_ray.data.stream_order import BLOCK_ROWS, Piece, StreamOrder
 from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
 from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.experiment import Experiment
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.training import TrainConfig
@@ -203,3 +206,30 @@ def test_a_damaged_shard_ends_the_stream_with_the_sentence_of_the_corpus(tmp_pat
 def test_a_feed_that_cannot_serve_the_batches_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         PretextConfig(**({"feed": {"name": "stream"}} | changes))
+
+
+@pytest.mark.parametrize("stage", ["selflabel", "sela", "classify"])
+def test_a_stage_that_looks_images_up_by_their_ids_says_why_it_cannot_stream(stage):
+    with pytest.raises(ConfigError, match=rf"`{stage}\.feed` cannot be set: .* by their ids"):
+        build(Experiment, {"out": "x", "ingest": {}, stage: {"feed": {"name": "stream"}}})
+
+
+def test_a_method_that_keeps_images_by_their_ids_is_refused():
+    with pytest.raises(ConfigError, match=r"method\.name=insdis looks them up by their ids"):
+        build(PretextConfig, {"method": {"name": "insdis"}, "feed": {"name": "stream"}})
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol"])
+def test_other_methods_stream(method):
+    made = build(PretextConfig, {"method": {"name": method}, "feed": {"name": "stream"}})
+    assert made.feed == StreamFeed()
+
+
+def test_the_plan_counts_the_buffer_of_a_stream():
+    image = 64 * 64 * 3
+    feed = StreamFeed(lanes=8, buffer=10_000)
+    assert held_bytes(MappedFeed(), image, workers=4) == 0
+    held = held_bytes(feed, image, workers=4) - BUFFER_BYTES
+    assert held == (10_000 + 8 * BLOCK_ROWS) * image / 4
+    alone = held_bytes(feed, image, workers=0)
+    assert alone == (10_000 + (8 + 4) * BLOCK_ROWS) * image
