@@ -6,7 +6,6 @@ import errno
 import hashlib
 import logging
 import os
-import posixpath
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -278,7 +277,7 @@ def listed(url: str, *, recursive: bool = False) -> Iterator[Entry]:
     except FileNotFoundError:  # the bucket itself
         return
     for info in sorted(found, key=lambda info: str(info.path)):
-        name = posixpath.relpath(info.path, place(url))
+        name = str(info.path).removeprefix(f"{place(url)}/").rstrip("/")
         is_folder = info.type == fs.FileType.Directory
         yield Entry(name, is_folder, 0 if is_folder else int(info.size), _modified(info))
 

@@ -316,7 +316,7 @@ def relative(path: Path, start: Path) -> str:
         return os.path.relpath(path, start)
     if None in ends or ends[0].split("/")[:3] != ends[1].split("/")[:3]:  # type: ignore[union-attr]
         return str(path.absolute())
-    return posixpath.relpath(str(ends[0]), str(ends[1]))
+    return posixpath.relpath(f"/{ends[0]}", f"/{ends[1]}")
 
 
 def reached(start: Path, way: str) -> Path:
