@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from selfsup_ray.artifacts import fingerprint, read_done
 from selfsup_ray.cluster.asha import Climb, Curve, Halving
 from selfsup_ray.cluster.tune import Changes, Tell
+from selfsup_ray.cluster.turns import in_turn
 from selfsup_ray.config import flatten, override
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
@@ -22,6 +22,7 @@ from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.ops.metrics import effective_rank
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.steps import run_stage
+from selfsup_ray.storage import AppendedFile
 from selfsup_ray.sweep_config import AshaConfig, SweepConfig
 from selfsup_ray.tracking import Tracker, read_records
 from selfsup_ray.training import TrainConfig
@@ -127,10 +128,11 @@ def build_stage(
     """
     folder = folders[stage]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+    with in_turn(folder):
         if not (folder / "done.json").exists():
-            with open(starts_file(folder), "a") as file:
-                file.write(f"{stage}\n")
+            starts = AppendedFile(starts_file(folder))
+            starts.append(f"{stage}\n")
+            starts.publish()
         folder.mkdir(exist_ok=True)
         tracker = Tracker(folder, None)  # metrics.jsonl: trials do not call MLflow
         if asha is not None and tell is not None:

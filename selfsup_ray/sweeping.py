@@ -18,6 +18,7 @@ from rich.table import Table
 from selfsup_ray.artifacts import begin, finish, read_done, whole_file, write_text
 from selfsup_ray.cluster.session import require_resources, session
 from selfsup_ray.cluster.tune import Search, Trial, search
+from selfsup_ray.cluster.turns import open_turns
 from selfsup_ray.config import Resources, build, changed, load, override, read_yaml, to_dict
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
@@ -88,6 +89,7 @@ def sweep(
     began, name = time.monotonic(), made.out.name
     with session(address), open_run(made.out, made.tracking, name=name, params=made) as parent:
         require_resources(_of_a_trial(made), stage="sweep")
+        turns = open_turns(made.out)
         _build_shared(experiment, trial, made)
         summary = Summary(made.out, made.metric, _ranked(_searched(trial, made, score), made))
         _write(summary, experiment, made)
@@ -102,6 +104,7 @@ def sweep(
         parent.artifact(made.out / "trials.csv")
         parent.artifact(made.out / "best.yaml")
         parent.artifact(page)
+        del turns  # held so far
     facts = {"trials": [dataclasses.asdict(one) for one in summary.trials]}
     seconds = time.monotonic() - began
     finish(made.out, stage="sweep", config=made, inputs=inputs, seconds=seconds, facts=facts)

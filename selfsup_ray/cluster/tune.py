@@ -15,6 +15,8 @@ from typing import Any, Literal
 from selfsup_ray.cluster.asha import EPOCH, VALUE, Halving, scheduler, without_reports
 from selfsup_ray.config import Resources, config
 from selfsup_ray.errors import UserError
+from selfsup_ray.object_store import filesystem, place
+from selfsup_ray.storage import StoredPath
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +150,12 @@ def search(
     trainable = tune.with_resources(
         _trainable(run_trial), {"CPU": resources.cpus, "GPU": resources.gpus}
     )
-    if tune.Tuner.can_restore(str(out)):
+    folder, store = _storage(out)
+    if tune.Tuner.can_restore(folder, storage_filesystem=store):
         log.info("sweep: continuing the search in %s", out)
-        tuner = tune.Tuner.restore(str(out), trainable=trainable, resume_errored=True)
+        tuner = tune.Tuner.restore(
+            folder, trainable=trainable, resume_errored=True, storage_filesystem=store
+        )
     else:
         tuner = tune.Tuner(
             trainable,
@@ -158,7 +163,8 @@ def search(
             tune_config=_tune_config(how),
             run_config=tune.RunConfig(
                 name=out.name,
-                storage_path=str(out.parent),
+                storage_path=_storage(out.parent)[0],
+                storage_filesystem=store,
                 # Tune reads its results back from the JSON logger's files.
                 callbacks=[_callback(on_trial), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
                 failure_config=tune.FailureConfig(max_failures=0),
@@ -173,6 +179,13 @@ def search(
     for failed in (trial for trial in trials if trial.error is not None):
         on_trial(failed)  # Tune calls back before it knows the reason
     return trials
+
+
+def _storage(folder: Path) -> tuple[str, Any]:
+    """Return a folder as Tune takes it, and pyarrow's filesystem; None for the machine's own."""
+    if isinstance(folder, StoredPath):
+        return place(folder.url), filesystem(folder.url)
+    return str(folder), None
 
 
 def _trainable(run_trial: RunTrial) -> Callable[[Changes], None]:
