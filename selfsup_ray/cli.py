@@ -78,6 +78,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def location(text: str) -> Path:
+    """Return a folder or file, or one on an object store, as argparse wants it."""
+    try:
+        return located(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def assignment(text: str) -> tuple[str, Any]:
     """Return (dotted key, value) of a `key=value` argument."""
     try:
@@ -137,7 +145,7 @@ def _add_report(commands: Commands) -> None:
     command = commands.add_parser(
         "report", help="write report.html of a run folder again, or the table of a folder of runs"
     )
-    command.add_argument("run", type=located, metavar="RUN_FOLDER")
+    command.add_argument("run", type=location, metavar="RUN_FOLDER")
     command.set_defaults(call=_report)
 
 
@@ -148,7 +156,7 @@ def _add_import_features(commands: Commands) -> None:
         help="make an embeddings folder from a raw float32 matrix, HDF5 blocks or a faiss index",
     )
     command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--out", type=location, required=True, metavar="FOLDER")
     command.add_argument("--dim", type=int, metavar="D", help="numbers in a row of a raw matrix")
     command.add_argument("--rows", type=int, metavar="N", help="only the first N rows")
     command.add_argument(
@@ -164,11 +172,14 @@ def _add_import_graph(commands: Commands) -> None:
         "import-graph", help="make a graph folder from files of neighbor ids and similarities"
     )
     command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--out", type=location, required=True, metavar="FOLDER")
     command.add_argument("--k", type=int, metavar="K", help="entries in a row, itself counted")
     command.add_argument("--similarity", type=Path, metavar="FILE", help="default: D_ for I_")
     command.add_argument(
-        "--features", type=Path, metavar="FOLDER", help="embeddings; then the recall is measured"
+        "--features",
+        type=location,
+        metavar="FOLDER",
+        help="embeddings; then the recall is measured",
     )
     _add_workers(command)
     command.set_defaults(call=_import_graph)
@@ -179,7 +190,7 @@ def _add_export_graph(commands: Commands) -> None:
     command = commands.add_parser(
         "export-graph", help="write a run's graph as files that other programs read"
     )
-    command.add_argument("graph", type=Path, metavar="FOLDER", help="of a run or of its graph")
+    command.add_argument("graph", type=location, metavar="FOLDER", help="of a run or of its graph")
     command.add_argument(
         "--format",
         choices=("csr", "distances", "int32"),
@@ -187,7 +198,7 @@ def _add_export_graph(commands: Commands) -> None:
         help="csr: similarities for scipy; distances: the same for scikit-learn's "
         "metric='precomputed'; int32: raw ids and similarities",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="PATH")
+    command.add_argument("--out", type=location, required=True, metavar="PATH")
     command.set_defaults(call=_export_graph)
 
 

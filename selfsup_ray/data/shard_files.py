@@ -21,6 +21,8 @@ from PIL import Image
 
 from selfsup_ray.artifacts import Array, whole_file, write_json
 from selfsup_ray.errors import ArtifactError, unless_storage
+from selfsup_ray.object_store import filesystem, place, retried
+from selfsup_ray.storage import StoredPath
 
 Encoding = Literal["raw", "jpeg", "png"]
 
@@ -137,9 +139,18 @@ def damage_named(path: Path) -> Iterator[None]:
 
 def read_facts(corpus: Path, i: int) -> dict[str, str]:
     """Return the facts `write_shard` stored with shard i."""
-    with pa.memory_map(os.fspath(shard_path(corpus, i))) as file:
-        metadata = pa.ipc.open_file(file).schema.metadata or {}
+    path = shard_path(corpus, i)
+    if isinstance(path, StoredPath):  # its end alone, not the images
+        metadata = retried(lambda: _metadata_at(path.url), url=path.url, doing="read")
+    else:
+        with pa.memory_map(str(path)) as file:
+            metadata = pa.ipc.open_file(file).schema.metadata or {}
     return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def _metadata_at(url: str) -> dict[bytes, bytes]:
+    with filesystem(url).open_input_file(place(url)) as file:
+        return dict(pa.ipc.open_file(file).schema.metadata or {})
 
 
 def write_manifest(
