@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from selfsup_ray.config import build
 from selfsup_ray.costs import Cost, cost
+from selfsup_ray.costs_instances import INSTANCES
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.planning_text import size
 from selfsup_ray.progress import clock
@@ -34,8 +35,13 @@ class Node:
     dollars: float
 
 
-CPU = Node("m7i.8xlarge", cores=16, gpus=0, dollars=1.61)
-GPU = Node("g6.12xlarge", cores=24, gpus=4, dollars=4.60)
+def node(name: str) -> Node:
+    """Return a machine as the tables count it."""
+    machine = INSTANCES[name]
+    return Node(name, machine.vcpus // 2, machine.gpus, machine.dollars)
+
+
+CPU, GPU = node("m7i.8xlarge"), node("g6.12xlarge")
 
 
 @dataclass(frozen=True)

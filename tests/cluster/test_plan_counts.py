@@ -11,11 +11,11 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmarks" / "eight_nodes
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_tasks_actors_and_restarts_on_three_nodes_are_those_of_the_plan():
-    asked = ["--nodes", "3", "--images", "192", "--until", "patches", "--tasks-only"]
+@pytest.mark.timeout(900)
+def test_tasks_actors_and_restarts_on_two_nodes_are_those_of_the_plan():
+    asked = ["--nodes", "2", "--images", "128", "--until", "patches", "--tasks-only"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *asked], capture_output=True, text=True, timeout=380
+        [sys.executable, str(SCRIPT), *asked], capture_output=True, text=True, timeout=880
     )
     assert done.returncode == 0, done.stderr[-3000:]
     stages = json.loads(done.stdout.splitlines()[-1])["stages"]
