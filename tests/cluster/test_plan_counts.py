@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmarks" / "eight_nodes
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_tasks_actors_and_restarts_on_two_nodes_are_those_of_the_plan():
-    asked = ["--nodes", "2", "--images", "128", "--until", "patches", "--tasks-only"]
+    asked = ["--nodes", "2", "--images", "256", "--until", "patches", "--tasks-only"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *asked], capture_output=True, text=True, timeout=880
     )
