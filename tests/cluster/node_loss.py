@@ -16,23 +16,18 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.cluster_utils import Cluster
+from nodes import added, started
 
 from selfsup_ray.artifacts import ShardedArray
 from selfsup_ray.cluster.methods import IVFConfig
 from selfsup_ray.config import Resources
 from selfsup_ray.stages.cell_graph import CellsConfig
 from selfsup_ray.stages.diffuse import DiffuseConfig, diffuse
-from selfsup_ray.stages.graph import GraphConfig, build_graph
+from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph
 
 Features = namedtuple("Features", ["array", "fingerprint"])
-ASK, STORE, N = Resources(workers=2), 150 * 2**20, 24_000
-SEES_A_DEAD_NODE_SOON = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 2000,
-    "health_check_failure_threshold": 3,
-}
+Work = Callable[[Path, Resources], Any]
+ASK, N = Resources(workers=2), 24_000
 
 
 def stored_rows(folder: Path) -> Any:
@@ -51,42 +46,39 @@ def stored_rows(folder: Path) -> Any:
 def digest(out: Path) -> str:
     """Return a hash of all results; the index itself is not one."""
     hashed = hashlib.sha256()
-    for path in sorted(p for p in out.rglob("*.npy") if "index" not in p.parts):
+    results = [p for p in out.rglob("*") if p.suffix in (".npy", ".arrow")]
+    for path in sorted(p for p in results if "index" not in p.parts):
         hashed.update(path.relative_to(out).as_posix().encode() + path.read_bytes())
     return hashed.hexdigest()
 
 
 def compare(
-    work: Callable[[Path], Any], name: str, folder: Path, middle: str, kill: Callable[[], None]
+    work: Work, name: str, folder: Path, middle: str, kill: Callable[[], None]
 ) -> list[Any]:
-    """Do the work undisturbed, then with a node killed when a file like `middle` appears."""
+    """Do the work in this process, then with a node killed when a file like `middle` appears."""
     whole, out, failed = folder / f"{name}-whole", folder / f"{name}-cut", list[str]()
-    work(whole)
+    work(whole, Resources(workers=0))
 
     def run() -> None:
         try:
-            work(out)
+            work(out, ASK)
         except BaseException as error:
             failed.append(repr(error))
 
     thread = threading.Thread(target=run)
     thread.start()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while thread.is_alive() and time.monotonic() < deadline and not list(out.glob(middle)):
         time.sleep(0.01)
     was_running = thread.is_alive()
     kill()
-    thread.join(150)
+    thread.join(600)
     return [was_running, not failed and digest(whole) == digest(out), *failed]
 
 
 def main(folder: Path) -> None:
     """Run the works one after the other and write `same.json`."""
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**head, "_system_config": SEES_A_DEAD_NODE_SOON}
-    )
-    nodes = [cluster.add_node(num_cpus=2, object_store_memory=STORE) for _ in range(2)]
+    cluster, nodes = started([2, 2])
     ray.init(address=cluster.address, log_to_driver=False)
     features = stored_rows(folder)
     labels = np.random.default_rng(1).integers(0, 9, N)
@@ -94,20 +86,27 @@ def main(folder: Path) -> None:
 
     def kill() -> None:
         cluster.remove_node(nodes.pop(0), allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=2, object_store_memory=STORE))
+        nodes.append(added(cluster, cpus=2))
 
-    cells = GraphConfig(k=10, method=CellsConfig(memory_mb=1), min_recall=0, resources=ASK)
-    actors = GraphConfig(k=10, method=IVFConfig(piece_rows=4000), resources=ASK)
-    rows = DiffuseConfig(niter=12, mode="rows", memory_gb=0.005, resources=ASK)
-    graph = build_graph(features, cells, out=folder / "graph")
-    works: list[tuple[str, Callable[[Path], Any], str]] = [
-        ("cells", lambda out: build_graph(features, cells, out=out), "cells/list_ids-*.npy"),
-        ("actors", lambda out: build_graph(features, actors, out=out), "ids/0*.npy"),
-        (
-            "diffuse",
-            lambda out: diffuse(graph, seeds, rows, out=out),
-            "parts/step-0002/*",
-        ),
+    def cells(out: Path, ask: Resources) -> Any:
+        method = CellsConfig(memory_mb=1)
+        return build_graph(
+            features, GraphConfig(k=10, method=method, min_recall=0, resources=ask), out=out
+        )
+
+    def actors(out: Path, ask: Resources) -> Any:
+        method = IVFConfig(piece_rows=4000)
+        return build_graph(features, GraphConfig(k=10, method=method, resources=ask), out=out)
+
+    def rows(out: Path, ask: Resources) -> Any:
+        graph = Graph.open(folder / "cells-whole")
+        config = DiffuseConfig(niter=12, mode="rows", memory_gb=0.005, resources=ask)
+        return diffuse(graph, seeds, config, out=out)
+
+    works: list[tuple[str, Work, str]] = [
+        ("cells", cells, "cells/list_ids-*.npy"),
+        ("actors", actors, "ids/0*.npy"),
+        ("diffuse", rows, "parts/step-0002/*"),
     ]
     same = {name: compare(work, name, folder, middle, kill) for name, work, middle in works}
     (folder / "same.json").write_text(json.dumps(same))

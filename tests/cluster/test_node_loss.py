@@ -9,11 +9,11 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(1500)
 def test_a_node_killed_in_the_middle_of_graph_and_diffusion_changes_no_byte(tmp_path: Path):
     script = Path(__file__).with_name("node_loss.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=400
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=1400
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "same.json").read_text())
