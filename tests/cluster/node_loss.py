@@ -1,4 +1,5 @@
-"""Builds graphs and a diffusion on a cluster of two nodes, one of which is killed on the way.
+"""Works on a cluster of two nodes, one of which is killed on the way: a graph by tasks and one by
+actors, a diffusion, an ingest by Ray Data's tasks, embeddings by its actors.
 
 Run by test_node_loss.py in a process of its own, since a session of Ray may exist beside it only
 there. Writes for each work: whether it was still running, and whether the files are the same.
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from data_works import data_works
 from nodes import added, started
 
 from selfsup_ray.artifacts import ShardedArray
@@ -108,6 +110,7 @@ def main(folder: Path) -> None:
         ("actors", actors, "ids/0*.npy"),
         ("diffuse", rows, "parts/step-0002/*"),
     ]
+    works += data_works(folder)
     same = {name: compare(work, name, folder, middle, kill) for name, work, middle in works}
     (folder / "same.json").write_text(json.dumps(same))
     ray.shutdown()

@@ -17,7 +17,7 @@ def test_a_node_killed_in_the_middle_of_graph_and_diffusion_changes_no_byte(tmp_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "same.json").read_text())
-    assert set(results) == {"cells", "actors", "diffuse"}
+    assert set(results) == {"cells", "actors", "diffuse", "ingest", "embed"}
     for name, (was_running, is_same, *failed) in results.items():
         assert is_same, f"{name}: {failed}"
         assert was_running, f"{name} had ended before the node was killed"
