@@ -115,6 +115,10 @@ class Run:
         """Return the lines of the last start."""
         return self.log.read_text(errors="replace").split("--- start\n")[-1].splitlines()
 
+    def is_at_work(self) -> bool:
+        """Return whether the last start has begun a stage: Ray is up then."""
+        return any(": stage " in line for line in self.last())
+
     def sentences(self) -> list[str]:
         """Return what the last start said of its end, paths and numbers left out."""
         said = [line for line in self.last() if "he same command" in line]
@@ -163,6 +167,7 @@ class Tally:
     planned: list[str]
     rng: random.Random
     gap_s: float
+    settled: bool
     done: Counter[str] = field(default_factory=Counter)
     said: Counter[str] = field(default_factory=Counter)
     titles: Counter[str] = field(default_factory=Counter)
@@ -187,6 +192,8 @@ def strike(run: Run, tally: Tally) -> str | None:
     """Kill one victim at a random moment and return its kind; None when the run ended before."""
     assert run.process is not None
     kind, pid = tally.planned[0], run.process.pid
+    if tally.settled and not wait(run, run.is_at_work):
+        return None
     moment = time.monotonic() + tally.rng.uniform(0, tally.gap_s)
     if not wait(run, lambda: time.monotonic() >= moment and bool(victims(pid, kind))):
         return None
@@ -287,10 +294,12 @@ def recover(
     gap_s: float,
     kinds: Sequence[str] = KINDS,
     training_workers: int = 2,
+    settled: bool = False,
 ) -> dict[str, Any]:
     """Run once undisturbed, then under `kills` kills; return what happened and what differs.
 
-    training_workers: of Ray Train, for pretext; 0 trains in the driver.
+    training_workers: of Ray Train, for pretext; 0 trains in the driver. settled: strike when Ray is
+    up only, which else may end a program from C++ without a word while it starts.
     """
     began, rng = time.monotonic(), random.Random(seed)
     path = experiment(folder, training_workers=training_workers)
@@ -305,7 +314,7 @@ def recover(
     wanted, wanted_runs = results(folder / "whole")
     planned = [kinds[i % len(kinds)] for i in range(kills)]
     rng.shuffle(planned)
-    tally, differ, runs, starts = Tally(planned, rng, gap_s), list[str](), 0, 0
+    tally, differ, runs, starts = Tally(planned, rng, gap_s, settled), list[str](), 0, 0
     while tally.planned or not runs:
         runs += 1
         name = f"killed-{seed}-{runs}"
