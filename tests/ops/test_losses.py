@@ -113,6 +113,22 @@ def test_cross_view_nt_xent_is_its_formula() -> None:
     assert cross_view_nt_xent(z0, z1, temperature=0.3).item() == pytest.approx(np.mean(expected))
 
 
+def test_info_nce_is_lightlys_loss_against_a_memory_bank() -> None:
+    q, k, queue = (unit(n, 8, seed=i).float() for i, n in enumerate((4, 4, 16)))
+    reference = NTXentLoss(temperature=0.2, memory_bank_size=(16, 8))
+    reference.memory_bank.bank = queue.clone()
+    reference.memory_bank.bank_ptr = torch.zeros(1, dtype=torch.int64)
+    ours, theirs = q.clone().requires_grad_(), q.clone().requires_grad_()
+    loss, expected = info_nce(ours, k, queue, temperature=0.2), reference(theirs, k)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert ours.grad is not None
+    # lightly normalises inside, so only the part of the gradient along the sphere is its.
+    radial = (ours.grad * q).sum(dim=1, keepdim=True) * q
+    torch.testing.assert_close(ours.grad - radial, theirs.grad)
+
+
 @pytest.mark.parametrize("name", VIEW_LOSSES)
 def test_the_mean_over_slices_of_anchors_is_the_loss_of_the_batch(name: str) -> None:
     z0, z1 = unit(6, 4, seed=0), unit(6, 4, seed=1)
