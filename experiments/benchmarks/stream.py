@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -41,6 +40,8 @@ from selfsup_ray.training import TrainConfig
 
 def cpu_seconds() -> float:
     """Return the CPU seconds of this process and all that it started and that still run."""
+    from ray._private.services import psutil  # Ray's own copy
+
     me = psutil.Process()
     total = 0.0
     for process in [me, *me.children(recursive=True)]:
