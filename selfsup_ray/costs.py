@@ -12,6 +12,7 @@ from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.costs_labelled import labelled_cost, maps_cost
 from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds, view_seconds
 from selfsup_ray.costs_sela import labels_bytes, relabeling_bytes, relabeling_passes
+from selfsup_ray.costs_traffic import bank_bytes
 from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
@@ -210,6 +211,7 @@ def _training(e: Experiment, stage: str, n: int, folder: Path) -> Cost:
     kept += relabeling_bytes(e.sela, n) if e.sela and stage == "sela" else 0
     if stage == "pretext" and e.pretext is not None:
         kept += held_bytes(e.pretext.feed, _stored_bytes(e.ingest), workers=ask.workers)
+        kept += bank_bytes(e.pretext, n)
     num_images = n // batch * batch * made.config.epochs
     seconds, note = _seconds_per_image(made, backbone, side, e.ingest.image_size, folder)
     return Cost(

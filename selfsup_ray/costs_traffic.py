@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from selfsup_ray.models.backbones import build_backbone
+from selfsup_ray.models.heads import NoHead
 from selfsup_ray.models.insdis import NCELoss
 from selfsup_ray.models.norm import BatchNorm, ShuffleNorm, SyncNorm
 from selfsup_ray.models.pretext import (
@@ -133,3 +134,12 @@ def _without_gradient(objective: Pretraining) -> tuple[nn.Module, ...]:
         case BYOL():
             return objective.target_backbone, objective.target_head
     return ()
+
+
+def bank_bytes(made: PretextConfig, n: int) -> float:
+    """Return the memory of a worker's rows of a bank; the first has all of them at a checkpoint."""
+    if not isinstance(made.method, InsDisConfig):
+        return 0
+    head, workers = made.method.head, max(made.resources.workers, 1)
+    rows = n * (made.backbone.dim if isinstance(head, NoHead) else head.dim) * FLOAT
+    return rows / workers + (rows if workers > 1 else 0)

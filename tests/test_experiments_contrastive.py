@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from selfsup_ray.config import flatten, load, override, to_dict
+from selfsup_ray.costs import cost
 from selfsup_ray.data.published_contrastive import BATCH, BATCH_NORMS, METHODS, TEMPERATURE_C100
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.byol import BYOLConfig
@@ -129,3 +130,14 @@ def test_every_trial_of_a_sweep_is_the_experiment_of_its_row(
         values = ["hidden" if bit == "1" else None for bit in bits]
         same("bn", dict(zip(keys, values, strict=True)), f"byol-bn-{bits}")
     same("temperature-c10", {"pretext.method.temperature": 0.2}, "insdis-r18-c10")
+
+
+@pytest.mark.parametrize(("workers", "copies"), [(0, 1.0), (1, 1.0), (4, 1.25)])
+def test_the_plan_counts_the_bank_and_its_whole_at_a_checkpoint(
+    workers: int, copies: float, tmp_path: Path
+) -> None:
+    ask = {"workers": workers, "cpus": 1, "gpus": 0}
+    made = override(opened("insdis-r18-c10"), {"pretext.resources": ask})
+    small, large = (cost(made, "pretext", n, tmp_path).memory_bytes for n in (10_000, 1_010_000))
+    assert small is not None and large is not None
+    assert large - small == pytest.approx(copies * 1_000_000 * 128 * 4, rel=1e-6)
