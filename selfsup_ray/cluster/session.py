@@ -130,7 +130,7 @@ def object_store_bytes() -> int:
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shared = Path("/dev/shm")
     room = shutil.disk_usage(shared).free if shared.exists() else ram
-    free = estimate_available_memory()
+    free = int(estimate_available_memory())  # type: ignore[no-untyped-call]
     return max(min(OBJECT_STORE_BYTES, ram // 5, room // 2, free // 2), 100 * 2**20)
 
 
