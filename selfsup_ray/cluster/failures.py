@@ -26,8 +26,9 @@ from selfsup_ray.errors import ClusterError, UserError
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-REFUSED_S = 3.0
-"""How long nobody must listen on a living machine before a process counts as lost."""
+REFUSED_S = 1.0
+"""How long nobody must listen on a living machine before a process counts as lost: only a port
+without a process refuses, and some ten seconds later Ray ends the program itself."""
 SILENT_S = 30.0
 """The same for the GCS of a cluster, which may be restarted, and for a machine that is silent.
 Less than the minute after which Ray ends the program."""

@@ -94,9 +94,6 @@ def test_a_place_where_nobody_listens_is_lost_after_its_patience(free_port: int)
     cluster = Watch({"GCS": ("127.0.0.1", free_port)}, local=False)
     raylet = Watch({"raylet": ("127.0.0.1", free_port)}, local=False)
     for watch in (local, cluster, raylet):
-        for _ in range(2):
-            watch.look(seconds=1)
-        assert watch.sentence is None, "a moment is not enough"
         watch.look(seconds=1)
     assert cluster.sentence is None, "the GCS of a cluster may be restarted"
     assert "its GCS at 127.0.0.1" in str(local.sentence)
