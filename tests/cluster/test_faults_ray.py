@@ -55,7 +55,7 @@ def test_a_full_object_store_spills_and_when_its_disk_is_full_too_one_sentence_s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_whole_run_that_loses_raylet_and_gcs_ends_with_the_same_files(tmp_path: Path):
     recovery = runpy.run_path(str(ROOT / "experiments/benchmarks/recovery.py"))
     made = recovery["recover"](
