@@ -22,6 +22,7 @@ from selfsup_ray.models.encoder import Encoder, evaluation_view, save_encoder
 from selfsup_ray.models.inputs import ImageInput
 from selfsup_ray.models.online_probe import OnlineProbeConfig
 from selfsup_ray.optim import SGDConfig, StepSchedule, lr_ratio
+from selfsup_ray.planning import plan_experiment
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.finetune import Finetuned, finetune
 from selfsup_ray.stages.ingest import IngestConfig, ingest
@@ -255,22 +256,30 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_numbers(
         assert mine["per_class"] == theirs["per_class"]
 
 
+def override_of(values: dict[str, Any], stage: str, **changes: Any) -> dict[str, Any]:
+    return values | {stage: values[stage] | changes}
+
+
 def test_an_experiment_plans_probe_and_fine_tuning(tmp_path: Path) -> None:
-    experiment = build(
-        Experiment,
-        {
-            "out": str(tmp_path),
-            "ingest": {"source": "bundled:shapes"},
-            "pretext": {"epochs": 1},
-            "linear": {"name": "moco", "batch_size": 32, "resources": {"workers": 0}},
-            "finetune": {
-                "name": "simclr",
-                "batch_size": 32,
-                "labels": {"name": "share", "share": 0.5},
-            },
-        },
-    )
-    assert experiment.stages == ("ingest", "pretext", "linear", "finetune")
+    here = {"resources": {"workers": 0}}
+    values = {
+        "out": str(tmp_path),
+        "ingest": {"source": "bundled:fashion-mnist", "image_size": 28, **here},
+        "pretext": {"epochs": 1, "backbone": {"width": 4, "stem": "stl"}, **here},
+        "maps": {},
+        "linear": {"name": "moco", "batch_size": 32, **here},
+        "finetune": {"name": "simclr", "batch_size": 32, **here},
+    }
+    experiment = build(Experiment, values)
+    assert experiment.stages == ("ingest", "pretext", "maps", "linear", "finetune")
+    costs = {step.stage: step.cost for step in plan_experiment(experiment).steps}
+    # 800,000 passes through the frozen encoder, against 800 labels 30 times, forward and backward.
+    assert costs["linear"].seconds > costs["finetune"].seconds > 0  # type: ignore[operator]
+    assert "8,000 images 100 times, 100 tests of 2,000" in costs["linear"].assumes
+    assert "800 images 30 times" in costs["finetune"].assumes
+    assert "2,000 images placed 6 times" in costs["maps"].assumes
+    with pytest.raises(ConfigError, match=r"finetune\.batch_size=20000, but there are only 10,000"):
+        plan_experiment(build(Experiment, override_of(values, "finetune", batch_size=20_000)))
     with pytest.raises(ConfigError, match=r"linear\.features=embeddings needs embed"):
         build(
             Experiment,
