@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from selfsup_ray.artifacts import whole_file, write_text
+from selfsup_ray.data.published_contrastive import LINEAR_RUNS
 from selfsup_ray.errors import ArtifactError
 from selfsup_ray.report_classify import TITLES, Row, percent_or_nothing, result_rows
 from selfsup_ray.report_html import Section, duration, page, paragraph, table
@@ -17,6 +18,10 @@ HEAD = (
     *("max, %", "at epoch", "last, %", "chosen, %", "published max, %", "published last, %"),
     "time",
 )
+LINEAR_HEAD = (
+    *("run", "method", "network", "epochs", "batch", "seed", "test images"),
+    *("max, %", "last, %", "published max, %", "time"),
+)
 
 
 def is_collection(folder: Path) -> bool:
@@ -25,31 +30,72 @@ def is_collection(folder: Path) -> bool:
 
 
 def write_results(folder: Path) -> Path:
-    """Write `report.html` and `results.csv` into a folder of runs and return the page's path.
+    """Write `report.html` and the tables in it into a folder of runs and return the page's path.
 
-    One row for each network of each run whose stage classify has finished. Raises ArtifactError
-    when there is none.
+    One row for each network of each run whose stage classify has finished (`results.csv`), and one
+    for each run whose stage linear has (`linear.csv`). Raises ArtifactError when there is none.
     """
     runs = [Run.open(path) for path in _run_folders(folder)]
-    finished = [run for run in runs if run.stage("classify") is not None]
-    if not finished:
+    networks = [run for run in runs if run.stage("classify") is not None]
+    probed = [run for run in runs if run.stage("linear") is not None]
+    if not networks and not probed:
         raise ArtifactError(
-            f"{folder} holds {len(runs)} runs, but the stage classify has finished in none of "
-            f"them. Give the folder of one run, or run one of experiments/patches/."
+            f"{folder} holds {len(runs)} runs, but the stages classify and linear have finished in "
+            f"none of them. Give the folder of one run, or run one of experiments/patches/ or "
+            f"experiments/contrastive/."
         )
-    lines = [line for run in finished for line in _lines(run)]
-    with whole_file(folder / "results.csv") as path, open(path, "w", newline="") as file:
-        csv.writer(file).writerows([HEAD, *lines])
-    note = (
-        "Accuracy on test images: the maximum over the epochs, which is the published measure, and "
-        "after the last epoch. Published: CIFAR-10, 200 epochs, single runs."
-    )
-    body = paragraph(note, note=True) + table(HEAD, lines, numeric=range(2, len(HEAD)))
-    sections = [Section("networks", "Labelled networks", body)]
+    sections = []
+    if networks:
+        lines = [line for run in networks for line in _lines(run)]
+        body = _listed(folder / "results.csv", HEAD, lines, numeric=range(2, len(HEAD)))
+        note = (
+            "Accuracy on test images: the maximum over the epochs, which is the published measure, "
+            "and after the last epoch. Published: CIFAR-10, 200 epochs, single runs."
+        )
+        body = paragraph(note, note=True) + body
+        sections.append(Section("networks", "Labelled networks", body))
+    if probed:
+        lines = [_linear_line(run) for run in probed]
+        body = _listed(folder / "linear.csv", LINEAR_HEAD, lines, numeric=range(3, 10))
+        note = (
+            "Accuracy on test images of a linear classifier on the frozen encoder: the maximum "
+            "over the epochs, which is the published measure, and after the last epoch."
+        )
+        body = paragraph(note, note=True) + body
+        sections.append(Section("linear", "Linear probes", body))
     path = folder / "report.html"
-    lead = f"{len(finished)} runs with labelled networks, of {len(runs)} in this folder."
+    found = f"{len(networks)} runs with labelled networks" if networks else ""
+    also = f"{len(probed)} runs with linear probes" if probed else ""
+    lead = f"{' and '.join(filter(None, [found, also]))}, of {len(runs)} runs in this folder."
     write_text(path, page(folder.resolve().name, lead=lead, sections=sections))
     return path
+
+
+def _listed(
+    path: Path, head: Sequence[str], lines: Sequence[Sequence[str]], *, numeric: Iterable[int]
+) -> str:
+    """Write lines as CSV and return them as a table."""
+    with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([head, *lines])
+    return table(head, lines, numeric=numeric)
+
+
+def _linear_line(run: Run) -> tuple[str, ...]:
+    linear, pretext = run.stage("linear"), run.stage("pretext")
+    assert linear is not None and linear.done is not None, "finished"
+    made = {} if pretext is None else pretext.config
+    published = LINEAR_RUNS.get(run.path.resolve().name)
+    return (
+        run.path.name,
+        str(made.get("method", {}).get("name", "")),
+        str(made.get("backbone", {}).get("name", "")),
+        *(str(made.get(key, "")) for key in ("epochs", "batch_size", "seed")),
+        f"{linear.facts['num_test']:,}",
+        percent_or_nothing(float(linear.facts["max_accuracy"])),
+        percent_or_nothing(float(linear.facts["last_accuracy"])),
+        percent_or_nothing(published),
+        duration(linear.done.seconds + (pretext.done.seconds if pretext and pretext.done else 0)),
+    )
 
 
 def _run_folders(folder: Path) -> Sequence[Path]:

@@ -8,15 +8,23 @@ from typing import Any
 
 import pytest
 
+from selfsup_ray.artifacts import begin, finish
 from selfsup_ray.config import flatten, load, override, to_dict
 from selfsup_ray.costs import cost
-from selfsup_ray.data.published_contrastive import BATCH, BATCH_NORMS, METHODS, TEMPERATURE_C100
+from selfsup_ray.data.published_contrastive import (
+    BATCH,
+    BATCH_NORMS,
+    LINEAR_RUNS,
+    METHODS,
+    TEMPERATURE_C100,
+)
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.byol import BYOLConfig
 from selfsup_ray.models.heads import LinearHead, MLPHead
 from selfsup_ray.models.insdis import InsDisConfig
 from selfsup_ray.models.norm import SplitNorm
 from selfsup_ray.optim import peak_lr
+from selfsup_ray.report import write_report
 from selfsup_ray.sweeping import prepared
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +149,37 @@ def test_the_plan_counts_the_bank_and_its_whole_at_a_checkpoint(
     small, large = (cost(made, "pretext", n, tmp_path).memory_bytes for n in (10_000, 1_010_000))
     assert small is not None and large is not None
     assert large - small == pytest.approx(copies * 1_000_000 * 128 * 4, rel=1e-6)
+
+
+def test_a_folder_of_probed_runs_is_a_table_beside_the_published_numbers(tmp_path: Path) -> None:
+    for name, share in (("byol-bn-101", 0.6111), ("of-my-own", 0.5)):
+        made = opened("byol-bn-101")
+        for stage, facts in (
+            ("pretext", {"loss": 1.0}),
+            ("linear", {"max_accuracy": share, "last_accuracy": 0.4, "num_test": 10_000}),
+        ):
+            settings, out = getattr(made, stage), tmp_path / name / stage
+            begin(out, stage=stage, config=settings, inputs={})
+            finish(out, stage=stage, config=settings, inputs={}, seconds=60, facts=facts)
+    page = write_report(tmp_path).read_text()
+    assert "2 runs with linear probes, of 2 runs" in page and "62.66" in page and "61.11" in page
+    rows = [line.split(",") for line in (tmp_path / "linear.csv").read_text().splitlines()]
+    assert rows[1][:3] == ["byol-bn-101", "byol", "resnet18"] and rows[1][-4:-1] == [
+        "61.11",
+        "40.00",
+        "62.66",
+    ]
+    assert rows[2][-2] == "" and rows[2][-4] == "50.00"
+
+
+def test_every_published_run_is_an_experiment_whose_file_says_so() -> None:
+    for name, number in LINEAR_RUNS.items():
+        assert re.search(rf"\b{100 * number:.2f}".removesuffix("0") + "0? %", text(name)), name
+    ours = {path.stem for path in FOLDER.glob("*.yaml")}
+    unpublished = {
+        "insdis-nce-r18-c10",
+        "byol-bn-011-affine-off",
+        "collapse-small",
+        "byol-imagenet",
+    }
+    assert ours == LINEAR_RUNS.keys() | unpublished

@@ -45,3 +45,26 @@ BATCH_NORMS: dict[tuple[str, ...], float] = {
 }
 """BYOL with aug+ on CIFAR-100: batch norm in the online projector, the predictor, and the target's
 projector. 100 and 000 collapsed."""
+
+LINEAR_RUNS: dict[str, float] = {
+    "insdis-r18-c100": 0.5644,
+    "insdis-r18-c10": 0.8378,
+    "insdis-mlp-r18-c100": 0.5648,
+    "insdis-r50-c100": 0.6274,
+    "simclr-r18-c100": 0.6078,
+    "byol-r18-c100": 0.5996,
+    "byol-r50-c100": 0.6464,
+    "byol-augplus-r18-c100": 0.6274,
+    "byol-augplus-r50-c100": 0.6551,
+    "byol-augplus-r18-c10": 0.8906,
+    "byol-batch-128": 0.6023,
+    "byol-batch-1024": 0.5914,
+    "byol-bn-101": 0.6266,
+    "byol-bn-011": 0.5818,
+    "byol-bn-110": 0.5637,
+    "byol-bn-010": 0.5067,
+    "byol-bn-100": 0.0270,
+    "byol-bn-001": 0.5372,
+    "byol-bn-000": 0.0156,
+}
+"""The published number of each experiment in experiments/contrastive/ that has one."""
