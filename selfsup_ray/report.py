@@ -29,10 +29,12 @@ from selfsup_ray.report_sections import (
     summary_section,
     training_section,
 )
+from selfsup_ray.report_sela import sela_section
 from selfsup_ray.storage import located
 
 SECTIONS = (
     clusters_section,
+    sela_section,
     confusion_section,
     scores_section,
     diffuse_section,

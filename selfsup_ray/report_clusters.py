@@ -71,13 +71,14 @@ def _sheets(run: Run, corpus: Corpus, clusters: Clusters) -> str:
     if clusters.classes is not None:
         text += " Purity: share of the cluster's most frequent class; a cross: another class."
     per_row, side = sheet_size(len(shown), image_size=corpus.image_size)
-    cards = (_card(run, corpus, clusters, c, per_row=per_row, side=side) for c in shown)
+    cards = (cluster_card(run, corpus, clusters, c, per_row=per_row, side=side) for c in shown)
     return paragraph(text, note=True) + f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _card(
+def cluster_card(
     run: Run, corpus: Corpus, clusters: Clusters, cluster: int, *, per_row: int, side: int
 ) -> str:
+    """Return a cluster's facts, with the images it is most and least sure of."""
     most = clusters.most[cluster]
     most = most[most >= 0][:per_row]
     least = clusters.least[cluster]

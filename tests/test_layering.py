@@ -46,7 +46,7 @@ LEVELS = {
     **dict.fromkeys(
         ["report_diffuse", "report_lowshot", "report_run", "report_scores", "report_sections"], 4
     ),
-    **dict.fromkeys(["report_patches"], 4),
+    **dict.fromkeys(["report_patches", "report_sela"], 4),
     **dict.fromkeys(["report_graph", "report_map", "report_neighbors"], 4),
     **dict.fromkeys(
         [

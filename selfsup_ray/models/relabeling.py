@@ -136,11 +136,11 @@ class HeadScores(Sequence[Array]):
             logits = self.head(at_least_float32(self.blocks[i].rows.to(self.device)))
         return np.asarray(logits.float().cpu().numpy())
 
-    def soft_counts(self, lam: float, all_sum: collectives.Reduce) -> Array:
-        """Return mean_i softmax_k(lam l_i) over the images of all ranks, (K,) float64."""
+    def soft_counts(self, sharpness: float, all_sum: collectives.Reduce) -> Array:
+        """Return mean_i softmax_k(sharpness l_i) over the images of all ranks, (K,) float64."""
         total = torch.zeros(0, dtype=torch.float64)
         for i in range(len(self)):
-            shares = (torch.from_numpy(self[i]).double() * lam).softmax(dim=1).sum(dim=0)
+            shares = (torch.from_numpy(self[i]).double() * sharpness).softmax(dim=1).sum(dim=0)
             total = shares if i == 0 else total + shares
         total = all_sum(total)
         return np.asarray((total / total.sum()).numpy())

@@ -217,7 +217,7 @@ class SeLa(Objective):
         progress = samples_seen / max(self.per_epoch * method.epochs, 1)
         if isinstance(method.prior, EstimatedPrior) and progress > 0:
             counts = scores.soft_counts(
-                method.sinkhorn.lam, lambda x: collectives.all_sum(x.to(device)).cpu()
+                method.prior.sharpness, lambda x: collectives.all_sum(x.to(device)).cpu()
             )
             kept = method.prior.keep
             self.estimates[head].mul_(kept).add_(torch.from_numpy(counts).to(device) * (1 - kept))

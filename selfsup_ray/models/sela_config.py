@@ -118,18 +118,22 @@ class GivenPrior:
 class EstimatedPrior:
     """Cluster sizes that follow the network, for corpora whose classes are of unequal size.
 
-    At an event the soft counts s_k = mean_i softmax_k(lambda l_i) are what the labelling would be
-    without balance. A moving average of them, e <- keep e + (1 - keep) s, enters the marginals as
-    (1 - a) / K + a e, where a grows linearly from 0 to `strength`; none falls below smallest / K.
+    At an event the soft counts s_k = mean_i softmax_k(sharpness l_i) are the sizes that the network
+    gives the clusters without balance. A moving average, e <- keep e + (1 - keep) s, enters the
+    marginals as (1 - a) / K + a e, where a grows linearly from 0 to `strength`; none falls below
+    smallest / K.
     """
 
     name: Literal["estimated"] = "estimated"
-    strength: Share = 0.8
+    strength: Share = 0.5
     """a, once it has grown; 0 is the uniform prior."""
     anneal: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the training in which a grows."""
     keep: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the moving average that an event leaves."""
+    sharpness: PositiveFloat = 1.0
+    """1: the network's own probabilities. Sinkhorn's lambda would be the counts of an unbalanced
+    labelling, in which large clusters grow until they hold nearly everything."""
     smallest: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Least share of a cluster, in units of 1 / K."""
 
