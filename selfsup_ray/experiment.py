@@ -130,8 +130,8 @@ class Experiment:
         for needed in NEEDS[stage]:
             if needed == ENCODER and not any(name in self.stages for name in ENCODERS):
                 raise ValueError(
-                    f"{stage} needs pretext: add the key `pretext: {{}}`, or `sela: {{}}`, or "
-                    f"`whiten: {{}}` and `patches: {{}}`"
+                    f"{stage} needs pretext: add the key `pretext: {{}}`, or `whiten: {{}}` and "
+                    f"`patches: {{}}`, or `sela: {{}}`"
                 )
             if needed not in (*self.stages, ENCODER):
                 raise ValueError(f"{stage} needs {needed}: add the key `{needed}: {{}}`")

@@ -20,6 +20,7 @@ from selfsup_ray.data.views import (
     MoCoV2Views,
     ScanSimCLRViews,
     ScanStrongViews,
+    SeLaViews,
     SimCLRViews,
     StandardViews,
     Views,
@@ -39,6 +40,7 @@ PRESETS = [
     BYOLViews(),
     ScanSimCLRViews(),
     ScanStrongViews(),
+    SeLaViews(),
 ]
 IDS = torch.arange(6) + 50
 
@@ -189,3 +191,21 @@ def test_weak_and_strong_views_share_size_normalization_and_crop():
 def test_a_wrong_value_is_refused_by_its_dotted_key(change, message):
     with pytest.raises(ConfigError, match=message):
         override(Holder(), change)
+
+
+def test_sela_has_the_four_published_levels():
+    square, flipped, cropped, full = (recipe(SeLaViews(size=224, level=i), 256) for i in range(4))
+    assert square.central and square.share == 0.875 and square.scale is None
+    assert (square.flip_p, flipped.flip_p, cropped.flip_p) == (0.0, 0.5, 0.5)
+    assert cropped.scale == (0.08, 1.0) and cropped.jitter_p == cropped.gray_p == 0
+    assert full.scale == (0.08, 1.0) and full.order == ("gray", "jitter") and full.gray_p == 0.2
+    assert full.jitter == (0.4, 0.4, 0.4, 0.4) and full.jitter_p == 1
+    cifar = recipe(SeLaViews(size=224, scale=(0.2, 1.0), gray_first=False), 32)
+    assert cifar.order == ("jitter", "gray") and cifar.scale == (0.2, 1.0)
+
+
+def test_selas_lowest_level_is_the_evaluation_view():
+    images = some_images(side=32)
+    views = Views(SeLaViews(size=28, level=0), image_size=32, seed=0, num_views=1)
+    plain = center(images, size=28, mean=IMAGENET_MEAN, std=IMAGENET_STD, share=0.875)
+    torch.testing.assert_close(views([images], IDS, 3)[0], plain)
