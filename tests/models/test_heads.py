@@ -58,3 +58,23 @@ def test_no_head_passes_features_on() -> None:
 def test_one_layer_is_refused_as_mlp() -> None:
     with pytest.raises(ConfigError, match="layers"):
         MLPHead(layers=1)
+
+
+def test_without_affine_the_hidden_norms_have_nothing_to_learn() -> None:
+    head = Head(MLPHead(hidden_dim=4, dim=2, batch_norm="hidden", affine=False), 3)
+    assert sorted(head.state_dict()) == [
+        "0.bias", "0.weight", "1.num_batches_tracked", "1.running_mean", "1.running_var",
+        "3.bias", "3.weight",
+    ]  # fmt: skip
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    hidden = nn.functional.batch_norm(head[0](x), None, None, training=True).relu()
+    torch.testing.assert_close(head(x), head[3](hidden))
+    with pytest.raises(ConfigError, match="affine=false needs a batch_norm"):
+        MLPHead(affine=False)
+
+
+def test_heads_with_and_without_batch_norm_name_their_linear_layers_alike() -> None:
+    norms = Head(MLPHead(layers=3, batch_norm="hidden"), 8).parts()
+    plain = Head(MLPHead(layers=3), 8).parts()
+    assert list(norms) == ["linear1", "norm1", "linear2", "norm2", "linear3"]
+    assert list(plain) == ["linear1", "linear2", "linear3"]
