@@ -77,6 +77,14 @@ def finished(corpus: Corpus) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def few(corpus: Corpus) -> Path:
+    """A short training that nothing interrupts."""
+    out = corpus.path.parent / "few"
+    sela(corpus, build(SeLaConfig, FEW), out=out)
+    return out
+
+
 def test_relabeling_agrees_more_and_more_with_the_shapes(finished: Path, corpus: Corpus):
     events = json.loads((finished / "events.json").read_text())
     assert [(e["event"], e["head"]) for e in events] == [(i, h) for i in range(6) for h in range(2)]
@@ -166,28 +174,27 @@ sela(Corpus.open(corpus), build(SeLaConfig, read_yaml(Path(config))), out=out)
 """
 
 
-@pytest.mark.parametrize("step", [5, 14])
+@pytest.mark.parametrize("step", [11, 17])
 def test_a_killed_training_ends_with_the_same_labels_and_weights(
-    corpus: Corpus, tmp_path: Path, step: int
+    corpus: Corpus, few: Path, tmp_path: Path, step: int
 ):
-    """Killed right after an event: before step 5 a checkpoint was just written, before 14 not."""
+    """Events come before steps 0, 11 and 21, checkpoints after 5, 10, 15, ...: the first kill is
+    right after an event that no checkpoint holds, the second within an epoch."""
     (tmp_path / "config.yaml").write_text(json.dumps(FEW))
     command = [sys.executable, "-c", KILLED, str(corpus.path), str(tmp_path / "config.yaml")]
     killed = subprocess.run([*command, str(tmp_path / "killed"), str(step)], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "killed" / "checkpoint.pt").exists()
-    for name in ("killed", "whole"):
-        sela(corpus, build(SeLaConfig, FEW), out=tmp_path / name)
+    sela(corpus, build(SeLaConfig, FEW), out=tmp_path / "killed")
+    folders = [tmp_path / "killed", few]
     one, other = (
-        torch.load(tmp_path / name / "pseudo_labels.pt", weights_only=True)["L"]
-        for name in ("killed", "whole")
+        torch.load(folder / "pseudo_labels.pt", weights_only=True)["L"] for folder in folders
     )
     assert torch.equal(one, other)
-    assert Clusterer.open(tmp_path / "killed").fingerprint == (
-        Clusterer.open(tmp_path / "whole").fingerprint
-    )
-    events = [(tmp_path / name / "events.json").read_text() for name in ("killed", "whole")]
+    assert Clusterer.open(folders[0]).fingerprint == Clusterer.open(few).fingerprint
+    events = [json.loads((folder / "events.json").read_text()) for folder in folders]
     assert events[0] == events[1]
+    assert {event["samples_seen"] for event in events[0]} == {0, 11 * 24, 21 * 24}
 
 
 def experiment(photos: Path, out: Path, **changes: Any) -> Experiment:
@@ -236,3 +243,16 @@ def test_without_labels_the_browser_goes_by_tightness(finished: Path, corpus: Co
     assigned = np.asarray(run.clustering[1].assignments)
     lengths = [np.linalg.norm(embeddings[assigned == c].mean(axis=0)) for c in order]
     assert words == "tightness" and lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.slow
+def test_two_ray_workers_label_as_one_process(ray_session: None, corpus: Corpus, tmp_path: Path):
+    """One epoch with an event at its start: rounding has no time to grow."""
+    one_epoch = FEW | {"epochs": 1, "events": {"name": "every", "every_epochs": 2}}
+    clean = one_epoch | {"label_pass": {"name": "clean"}}
+    found = []
+    for workers in (0, 2):
+        config = build(SeLaConfig, clean | {"resources": {"workers": workers}})
+        sela(corpus, config, out=tmp_path / str(workers))
+        found.append(torch.load(tmp_path / str(workers) / "pseudo_labels.pt", weights_only=True))
+    assert torch.equal(found[0]["L"], found[1]["L"])
