@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from selfsup_ray.artifacts import whole_file, write_text
@@ -72,7 +72,7 @@ def write_results(folder: Path) -> Path:
 
 
 def _listed(
-    path: Path, head: Sequence[str], lines: Sequence[Sequence[str]], *, numeric: Iterable[int]
+    path: Path, head: Sequence[str], lines: Sequence[Sequence[str]], *, numeric: Sequence[int]
 ) -> str:
     """Write lines as CSV and return them as a table."""
     with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
