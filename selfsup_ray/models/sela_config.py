@@ -125,7 +125,7 @@ class EstimatedPrior:
     """
 
     name: Literal["estimated"] = "estimated"
-    strength: Share = 0.5
+    strength: Share = 0.8
     """a, once it has grown; 0 is the uniform prior."""
     anneal: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the training in which a grows."""

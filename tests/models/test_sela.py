@@ -373,6 +373,34 @@ def test_an_estimated_prior_grows_from_uniform_to_the_soft_counts():
     assert marginals(UniformPrior(), counts, progress=1) is None
 
 
+class LongTail(Stripes):
+    """Stripes whose kinds have 96, 48, 24, 12 and 6 images."""
+
+    def __init__(self) -> None:
+        super().__init__(96 * K)
+        counts = [96 // 2**kind for kind in range(K)]
+        kept = np.concatenate([np.flatnonzero(self.kinds == c)[:n] for c, n in enumerate(counts)])
+        kept.sort()
+        self.images, self.kinds = self.images[torch.from_numpy(kept)], self.kinds[kept]
+
+
+def ari_of(prior: Any) -> float:
+    """ARI of two heads at the last event of eight epochs on a long-tailed corpus."""
+    data = LongTail()
+    options = {"prior": prior, "epochs": 8, "events": RegularEvents(every_epochs=1), "num_heads": 2}
+    objective = sela(data, label_pass=CleanPass(), **options)
+    train = dataclasses.replace(TRAIN, epochs=8)
+    fit(objective, data, plain_views, train, device="cpu")
+    return objective.events[-1, :, -2].mean().item()
+
+
+def test_on_a_long_tail_estimated_and_given_sizes_agree_more_than_equal_ones():
+    equal = ari_of(UniformPrior())
+    estimated = ari_of(EstimatedPrior(strength=0.8, anneal=0.3))
+    given = ari_of(GivenPrior(shares=(96, 48, 24, 12, 6)))
+    assert equal + 0.05 < min(estimated, given), f"{equal:.2f}, {estimated:.2f}, {given:.2f}"
+
+
 def published(objective: SeLa, names: Callable[[str], str]) -> dict[str, Any]:
     """A checkpoint as the original code writes it."""
     state = {names(key): x for key, x in objective.backbone.state_dict().items()}
