@@ -138,17 +138,20 @@ def run_stage_on(made: Any, stage: str, records: Records, *, count_bytes: bool) 
     }
 
 
-def start(nodes: int) -> Any:
-    """Start the cluster and join it."""
+def start(nodes: int, *, alone: bool) -> Any:
+    """Start the cluster and join it. alone: on a network that has a loopback only."""
     import ray
     from ray.cluster_utils import Cluster
 
-    node = {"object_store_memory": STORE, "node_ip_address": "127.0.0.1"}
+    # Elsewhere Ray takes the machine's own address for the loopback's, and they must agree.
+    here = {"node_ip_address": "127.0.0.1"} if alone else {}
+    node = {"object_store_memory": STORE, **here}
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, **node}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(nodes):
         cluster.add_node(num_cpus=1, **node)
-    ray.init(address=cluster.address, log_to_driver=False, _node_ip_address="127.0.0.1")
+    joined = {"_node_ip_address": "127.0.0.1"} if alone else {}
+    ray.init(address=cluster.address, log_to_driver=False, **joined)
     return cluster
 
 
@@ -174,7 +177,7 @@ def main() -> None:
         folder = Path(temporary)
         write_shapes(folder / "photos", given.images, size=16)
         made = experiment(folder, given.nodes, given.images)
-        cluster = start(given.nodes)
+        cluster = start(given.nodes, alone=not given.tasks_only)
         stages = STAGES[: STAGES.index(given.until) + 1]
         planned = plan_experiment(made, only=stages, cluster=live_cluster(None))
         records, found = Records(cluster.address), dict[str, Any]()
