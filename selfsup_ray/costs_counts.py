@@ -12,9 +12,10 @@ from math import ceil
 from selfsup_ray.cluster.methods import ExactConfig, HNSWConfig, IVFConfig
 from selfsup_ray.cluster.neighbors import block_rows
 from selfsup_ray.cluster.pairs import FROM_ROWS
-from selfsup_ray.costs import backbone_of, searched_dim
+from selfsup_ray.costs import searched_dim
 from selfsup_ray.costs_network import network
 from selfsup_ray.costs_traffic import FLOAT, pretext_size
+from selfsup_ray.costs_training import backbone_of
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.ops.all_pairs import num_groups
 from selfsup_ray.ops.assignment import blocks

@@ -14,8 +14,9 @@ from rich.table import Table
 from selfsup_ray.artifacts import Progress, progress, require_disk
 from selfsup_ray.cluster.placement import Cluster, cluster_file, live_cluster
 from selfsup_ray.config import Resources, load
-from selfsup_ray.costs import Cost, cost
+from selfsup_ray.costs import cost
 from selfsup_ray.costs_counts import Counts, counts
+from selfsup_ray.costs_training import Cost
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.sources import Source
 from selfsup_ray.errors import ArtifactError, ConfigError

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from selfsup_ray.cluster.placement import Cluster, NodeType, Share, place
 from selfsup_ray.config import Resources
-from selfsup_ray.costs import Cost
 from selfsup_ray.costs_counts import Counts
 from selfsup_ray.costs_instances import INSTANCES
+from selfsup_ray.costs_training import Cost
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.planning_text import drawn, size
 from selfsup_ray.progress import clock

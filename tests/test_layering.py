@@ -31,6 +31,7 @@ LEVELS = {
             "costs_counts",
             "costs_instances",
             "costs_traffic",
+            "costs_training",
             "planning",
             "planning_cluster",
             "planning_text",

@@ -10,7 +10,8 @@ import yaml
 
 from selfsup_ray.artifacts import read_done
 from selfsup_ray.config import Resources, build, override
-from selfsup_ray.costs import Cost, network
+from selfsup_ray.costs_network import network
+from selfsup_ray.costs_training import Cost
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.synthetic import write_shapes
 from selfsup_ray.errors import ArtifactError, ConfigError

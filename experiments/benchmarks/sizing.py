@@ -15,8 +15,9 @@ from typing import Any
 from unittest.mock import patch
 
 from selfsup_ray.config import build
-from selfsup_ray.costs import Cost, cost
+from selfsup_ray.costs import cost
 from selfsup_ray.costs_instances import INSTANCES
+from selfsup_ray.costs_training import Cost
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.planning_text import size
 from selfsup_ray.progress import clock
