@@ -25,10 +25,13 @@ from selfsup_ray.errors import ClusterError, UserError
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-REFUSED_S = 1.0
-"""How long nobody must listen on a living machine before a process counts as lost: only a port
-without a process refuses, and some ten seconds later Ray ends the program itself."""
+LOOK_EVERY_S = 0.2
+"""Only a port without a process refuses, so the first refusal of a living machine counts; at the
+next call that needs the raylet Ray would end the program itself."""
+STARTING_S = 1.0
+"""Between two looks at the processes of a Ray that starts."""
+RAISED_S = 1.0
+"""How long what Ray raised may come before the process it lost is gone."""
 SILENT_S = 30.0
 """The same for the GCS of a cluster, which may be restarted, and for a machine that is silent.
 Less than the minute after which Ray ends the program."""
@@ -44,7 +47,7 @@ class _Lost(BaseException):
 
 
 class Watch:
-    """Looks every second whether the GCS and this machine's raylet still listen.
+    """Looks again and again whether the GCS and this machine's raylet still listen.
 
     When one is lost, `sentence` says so, and the block around which it was made is left by an
     exception in the main thread: a signal interrupts whatever Ray call it waits in.
@@ -68,7 +71,7 @@ class Watch:
 
     def _patience(self, name: str, error: OSError) -> float:
         gone = isinstance(error, ConnectionRefusedError) and (self.local or name == "raylet")
-        return REFUSED_S if gone else SILENT_S
+        return 0.0 if gone else SILENT_S
 
     def follow(self) -> None:
         """Look until the block is left or something is lost; then see that it is left."""
@@ -83,7 +86,7 @@ class Watch:
 
     def is_lost(self) -> bool:
         """Return whether something is lost, now that a Ray call has failed."""
-        for _ in range(int(REFUSED_S / LOOK_EVERY_S) + 1):
+        for _ in range(int(RAISED_S / LOOK_EVERY_S) + 1):
             if self.sentence is not None or not any(map(refusal, self.places.values())):
                 break
             time.sleep(LOOK_EVERY_S)
@@ -207,7 +210,7 @@ def starting() -> Iterator[None]:
 
 def _see_it_start(done: threading.Event) -> None:
     seen = set[str]()
-    while not done.wait(LOOK_EVERY_S):
+    while not done.wait(STARTING_S):
         living = _living_children()
         seen |= living & {"gcs_server", "raylet"}
         for name in seen - living:
