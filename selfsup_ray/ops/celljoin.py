@@ -18,13 +18,12 @@ from torch import Tensor
 from selfsup_ray.artifacts import Array
 from selfsup_ray.ops.cells import few_heights
 from selfsup_ray.ops.neighbors import Neighbors
-from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all, settle
+from selfsup_ray.ops.selection import empty_candidates, keep_largest, prune_all, settle, sort_places
 
 _TILE_ROWS = (64, 128, 256, 512, 1024)  # few shapes: each costs oneDNN a kernel
 _TILE_COLUMNS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024)
 _BLOCK = 8192  # rows made narrow at once
 _MAPPED_BYTES = 2**28  # of rows that a process keeps mapped
-_SETTLED = 65_536  # rows settled before their pages are let go
 _PROBE_CELLS = 384  # nearest cells of a cell among which its rows choose their own
 
 
@@ -173,13 +172,15 @@ def _settled(
     candidates: tuple[Array, Array, Array, Array],
 ) -> Neighbors:
     """Return the k best candidates of each row in [start, stop) by exact product."""
-    places, values = np.zeros((stop - start, k), np.int32), np.zeros((stop - start, k), np.float32)
-    keys, ids, used, _ = candidates
-    for i in range(0, stop - start, _SETTLED):
-        some = slice(i, min(i + _SETTLED, stop - start))
-        queries = cells.rows[start + some.start : start + some.stop]
-        found = (keys[some], ids[some], used[some], places[some], values[some])
-        settle(queries, cells.rows, cells.order, keep, *found)
+    n, (keys, ids, used, _) = stop - start, candidates
+    places, values = np.zeros((n, k), np.int32), np.zeros((n, k), np.float32)
+    done, queries = np.zeros(n, np.int32), cells.rows[start:stop]
+    prune_all(keys, ids, used, keep)
+    total, at_once = len(cells.rows), max(1, _MAPPED_BYTES // cells.rows[:1].nbytes)
+    if total > at_once:  # a few pages at a time, wherever the candidates lie
+        sort_places(ids, used)
+    for last in range(at_once, total + at_once, at_once):
+        settle(queries, cells.rows, cells.order, min(last, total), ids, used, done, places, values)
         cells.release()
     return Neighbors(places, values)
 

@@ -145,39 +145,45 @@ def _product(query: Any, row: Any) -> float:
 
 
 @njit(nogil=True, cache=True)
+def sort_places(ids: Any, used: Any) -> None:
+    """Sort each query's candidates by place, in place; their keys no longer belong to them."""
+    for i in range(ids.shape[0]):
+        ids[i, : used[i]].sort()
+
+
+@njit(nogil=True, cache=True)
 def settle(
     queries: Any,
     rows: Any,
     order: Any,
-    keep: int,
-    keys: Any,
+    last: int,
     ids: Any,
     used: Any,
+    done: Any,
     out: Any,
     values: Any,
 ) -> None:
-    """Fill out and values (n, k) with the best of each query's candidates by float64 product.
+    """Merge each query's candidates at places < last into its best (n, k) by float64 product.
 
-    queries: (n, d) float32; rows: (N, d) float32; order: (N,) the image at each place; the rest
-    as `keep_largest` left it. Best first, ties in float32 by lower image id; a query with fewer
-    than k candidates is left as it is.
+    queries: (n, d) float32; rows: (N, d) float32; order: (N,) the image at each place; ids and
+    used: candidates, by place unless `last` is N; done: (n,) how many of them earlier calls have
+    settled. Best first, ties in float32 by lower image id; a query with fewer than k candidates is
+    left as it is.
     """
     k = out.shape[1]
     for i in range(queries.shape[0]):
         count = used[i]
-        if count > keep:
-            prune(keys[i], ids[i], count, keep)
-            count = keep
         if count < k:
             continue
-        filled = 0
-        for j in range(count):
+        j = done[i]
+        while j < count and ids[i, j] < last:
             place = np.int64(ids[i, j])
             value = np.float32(_product(queries[i], rows[place]))
-            at = filled
+            at = min(j, k)
+            j += 1
             if at == k:
-                last = values[i, k - 1]
-                if value < last or (value == last and order[place] > order[out[i, k - 1]]):
+                worst = values[i, k - 1]
+                if value < worst or (value == worst and order[place] > order[out[i, k - 1]]):
                     continue
                 at = k - 1
             while at > 0 and (
@@ -187,7 +193,7 @@ def settle(
                 values[i, at], out[i, at] = values[i, at - 1], out[i, at - 1]
                 at -= 1
             values[i, at], out[i, at] = value, place
-            filled = min(filled + 1, k)
+        done[i] = j
 
 
 def empty_candidates(n: int, capacity: int) -> tuple[Array, Array, Array, Array]:

@@ -8,7 +8,14 @@ from selfsup_ray.ops.celljoin import Cells, join, near_cells
 from selfsup_ray.ops.cells import assign_cells, fit_cells, in_near_order, largest_column
 from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, pair_similarity
-from selfsup_ray.ops.selection import LOWEST, empty_candidates, keep_largest, prune, settle
+from selfsup_ray.ops.selection import (
+    LOWEST,
+    empty_candidates,
+    keep_largest,
+    prune,
+    settle,
+    sort_places,
+)
 
 
 def unit_rows(n: int, d: int = 16, seed: int = 0, groups: int = 12) -> np.ndarray:
@@ -112,15 +119,20 @@ def test_a_row_is_no_candidate_of_its_own():
     assert (bound == LOWEST).all()
 
 
-def test_settled_lists_are_sorted_by_the_similarity_the_project_defines():
+@pytest.mark.parametrize("parts", [[50], [3, 22, 22, 47, 50]])
+def test_settled_lists_are_sorted_by_the_similarity_the_project_defines(parts: list[int]):
     rows, order = unit_rows(50), np.random.default_rng(0).permutation(50)
     rows[20:26] = rows[7]
-    keys, ids, used, _ = empty_candidates(4, 50)
-    ids[:] = np.arange(50)
-    keys[:] = 0
+    _, ids, used, _ = empty_candidates(4, 50)
+    ids[:] = np.random.default_rng(1).permuted(np.tile(np.arange(50), (4, 1)), axis=1)
     used[:] = 50
+    if len(parts) > 1:
+        sort_places(ids, used)
     places, values = np.zeros((4, 9), np.int64), np.zeros((4, 9))
-    settle(rows[:4], rows, order, 50, keys, ids, used, places, values)
+    done = np.zeros(4, np.int64)
+    for last in parts:
+        settle(rows[:4], rows, order, last, ids, used, done, places, values)
+    assert (done == 50).all()
     exact = pair_similarity(rows[:4], np.broadcast_to(rows, (4, 50, 16)))
     for i in range(4):
         best = np.lexsort((order, -exact[i]))[:9]
