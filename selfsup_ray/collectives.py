@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from selfsup_ray.memory import mapped
+
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -131,11 +133,26 @@ def broadcast(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def on_first(x: Tensor, shares: Shares, *, at_once: int) -> Tensor:
+def exchange(x: Tensor, sent: list[int], arriving: list[int]) -> Tensor:
+    """Return the rows that the ranks send to this one, in rank order; every rank must call it.
+
+    x: (n, …), sent[r] rows for each rank r, one rank's after the other's; arriving[r] rows come
+    from rank r.
+    """
+    if world_size() == 1:
+        return x
+    out = x.new_empty((sum(arriving), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), arriving, sent)
+    return out
+
+
+@torch.no_grad()
+def on_first(x: Tensor, shares: Shares, *, at_once: int, on_disk: bool = False) -> Tensor:
     """Return the rows of all ranks on rank 0, and no row elsewhere; every rank must call it.
 
-    x: (n, …), n as `shares` has it. The result of several ranks lies in main memory, whatever the
-    device of x, and travels `at_once` rows at a time; one process gets x itself.
+    x: (n, …), n as `shares` has it. The result of several ranks lies in main memory, or in a
+    temporary file that is mapped, whatever the device of x, and travels `at_once` rows at a time;
+    one process gets x itself.
     """
     if world_size() == 1:
         return x
@@ -143,7 +160,8 @@ def on_first(x: Tensor, shares: Shares, *, at_once: int) -> Tensor:
         for part in torch.split(x.contiguous(), at_once):
             dist.send(part, dst=0)
         return x.new_empty((0, *x.shape[1:]), device="cpu")
-    whole = x.new_empty((shares.total, *x.shape[1:]), device="cpu")
+    shape = (shares.total, *x.shape[1:])
+    whole = mapped(shape, x.dtype) if on_disk else x.new_empty(shape, device="cpu")
     whole[: len(x)] = x
     rest = whole[len(x) :]
     for source, n in enumerate(shares.rows[1:], start=1):

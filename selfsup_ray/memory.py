@@ -1,13 +1,17 @@
-"""Memory of CPU work: what one step or task frees stays in the process for the next one."""
+"""Memory of CPU work: freed memory that stays for the next step, and tensors that lie on disk."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import platform
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 DEFAULT_TRIM_BYTES, DEFAULT_MMAP_BLOCKS = 128 * 1024, 65536
@@ -36,3 +40,17 @@ def kept(device: torch.device) -> Iterator[None]:
         libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_BLOCKS)
         libc.mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_BYTES)
         libc.malloc_trim(0)
+
+
+def mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros in a temporary file, which is gone when the tensor is.
+
+    The kernel writes its pages to disk when memory is short. Raises OSError when the disk of
+    temporary files has no room.
+    """
+    count = math.prod(shape)
+    with tempfile.NamedTemporaryFile(prefix="tensor") as file:
+        # Without its blocks the file would end the process when the disk fills up later.
+        os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+        flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+    return flat.view(*shape)

@@ -74,6 +74,7 @@ SIDEWAYS = {
     ("ops", "storage"),  # and removes what only an interrupted run needs
     ("ops", "errors"),  # which every module may import
     ("ops", "collectives"),  # the type of a reduction and the identity, to be handed the others
+    ("collectives", "memory"),  # what one rank gathers may lie in a temporary file
 }
 COLLECTIVES_IN_OPS = ("selfsup_ray.collectives.Reduce", "selfsup_ray.collectives.identity")
 # Where each third-party module may be imported: a folder ends in /.

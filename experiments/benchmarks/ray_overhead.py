@@ -1,18 +1,21 @@
-"""What Ray adds to each stage: CPU seconds of the same work in one process and through one worker.
+"""What Ray adds to each stage: CPU seconds of the same work in one process and through workers.
 
-    python experiments/benchmarks/ray_overhead.py --seconds 30 --rounds 2
+    python experiments/benchmarks/ray_overhead.py --seconds 60 --rounds 2
+    python experiments/benchmarks/ray_overhead.py --seconds 60 --rounds 2 --workers 2
 
-Every stage runs four times: small and large, with `workers: 0` and with one Ray worker, in one
+Every stage runs four times: small and large, with `workers: 0` and with `--workers` of Ray, in one
 session of Ray that is started before, and that has run the stage before where its workers stay.
-`--seconds` is about what the large run takes of one core. Prints one JSON line, per stage:
+`--seconds` is about what the large run takes of one core. Prints one JSON line per stage:
 
 `per_work`: (Ray large - Ray small) / (here large - here small) - 1, what Ray adds to work;
 `fixed_s`: what is left of the small runs' difference, what Ray costs a stage however small it is;
 `at_a_minute`: per_work + fixed_s / 60, the whole for a stage of one minute on one core.
 
-CPU seconds are those of this process and of all that it starts; `system_s` of them, Ray's own
-daemons, grow with the time that passes, not with the work, so they are told apart: on a machine
-that is busy with other things they would be counted many times over. Bar: per_work <= 0.10.
+CPU seconds are those of this process and of all that it starts, without those of the measuring
+itself; `system_s` of them, Ray's own daemons, grow with the time that passes, not with the work, so
+they are told apart: on a machine that is busy with other things they would be counted many times
+over. When an actor ends, Ray starts an idle worker for the next one, a second or two of CPU time; a
+run's account is closed when that is over, or a later run would pay. Bar: per_work <= 0.10.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from photos import write_jpegs
 from scale import family, write_rows
 
 SYSTEM = ("gcs_server", "raylet", "dashboard", "log_monitor", "monitor.py", "agent")
+LOOK_EVERY_S = 0.1  # what a process uses after the last look before its end is not seen
+SETTLE_S = 60.0
 FILES = 200  # JPEG files that are made; more images are links to them
 TRAINED = ("pretext", "scan")
 Work = Callable[[int, Path], Any]
@@ -44,29 +49,46 @@ class Seconds:
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[float, bool]] = {}
+        self.looking = 0.0
+        self.lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             self.look()
-            time.sleep(0.5)
+            time.sleep(LOOK_EVERY_S)
 
     def look(self) -> None:
-        """Note what every living process has used."""
-        for pid in family(os.getpid()):
-            try:
-                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:  # it has just ended
-                continue
-            used = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-            is_system = pid != os.getpid() and any(name in words for name in SYSTEM)
-            self.known[pid] = (used, is_system)
+        """Note what every living process has used; what the look itself uses is kept apart."""
+        with self.lock:
+            began = time.thread_time()
+            for pid in family(os.getpid()):
+                try:
+                    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:  # it has just ended
+                    continue
+                used = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+                is_system = pid != os.getpid() and any(name in words for name in SYSTEM)
+                self.known[pid] = (used, is_system)
+            self.looking += time.thread_time() - began
 
     def total(self, *, system: bool) -> float:
         """Return the seconds of Ray's daemons, or of all others, so far."""
         self.look()
-        return sum(used for used, is_system in self.known.values() if is_system == system)
+        with self.lock:
+            own = 0.0 if system else self.looking
+            return sum(used for used, is_system in self.known.values() if is_system == system) - own
+
+    def settle(self) -> None:
+        """Wait until nothing is being started or ended any more."""
+        deadline, before = time.monotonic() + SETTLE_S, self.total(system=False)
+        while time.monotonic() < deadline:
+            time.sleep(2.0)
+            now = self.total(system=False)
+            if now - before < 0.05:
+                return
+            before = now
 
 
 class Stages:
@@ -266,6 +288,7 @@ def measured(work: Work, workers: int, out: Path, seconds: Seconds) -> dict[str,
     began = time.perf_counter()
     work(workers, out)
     wall = time.perf_counter() - began
+    seconds.settle()
     used, system = (
         seconds.total(system=one) - old for one, old in zip((False, True), before, strict=True)
     )
@@ -273,39 +296,43 @@ def measured(work: Work, workers: int, out: Path, seconds: Seconds) -> dict[str,
 
 
 def compared(
-    name: str, small: Work, large: Work, folder: Path, seconds: Seconds, rounds: int
+    name: str, works: tuple[Work, Work], folder: Path, seconds: Seconds, given: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the figures of a stage, medians over rounds that take turns."""
     runs: dict[tuple[str, int], list[dict[str, float]]] = {}
+    small, large = works
     small(0, folder / "warm")  # compiled kernels, opened files
     if name not in TRAINED:  # whose workers are new each time; those of tasks stay
-        small(1, folder / "warm-ray")
-    for i in range(rounds):
-        for workers in (0, 1):
+        small(given.workers, folder / "warm-ray")
+    seconds.settle()
+    for i in range(given.rounds):
+        for workers in (0, given.workers):
             for size, work in (("small", small), ("large", large)):
                 one = measured(work, workers, folder / f"{size}-{workers}-{i}", seconds)
                 runs.setdefault((size, workers), []).append(one)
     cpu = {key: median(run["cpu_s"] for run in some) for key, some in runs.items()}
     here = cpu["large", 0] - cpu["small", 0]
-    per_work = (cpu["large", 1] - cpu["small", 1]) / here - 1
-    fixed = cpu["small", 1] - cpu["small", 0] * (1 + per_work)
+    many = given.workers
+    per_work = (cpu["large", many] - cpu["small", many]) / here - 1
+    fixed = cpu["small", many] - cpu["small", 0] * (1 + per_work)
     return {
         "here_s": round(cpu["large", 0], 2),
-        "ray_s": round(cpu["large", 1], 2),
+        "ray_s": round(cpu["large", many], 2),
         "per_work": round(per_work, 3),
         "fixed_s": round(fixed, 2),
         "at_a_minute": round(per_work + fixed / 60, 3),
-        "system_s": round(median(run["system_s"] for run in runs["large", 1]), 2),
-        "wall_s": [round(median(r["wall_s"] for r in runs["large", w]), 1) for w in (0, 1)],
+        "system_s": round(median(run["system_s"] for run in runs["large", many]), 2),
+        "wall_s": [round(median(r["wall_s"] for r in runs["large", w]), 1) for w in (0, many)],
         "all_cpu_s": {f"{n}, {w}": [round(r["cpu_s"], 2) for r in s] for (n, w), s in runs.items()},
     }
 
 
 def main() -> None:
-    """Measure the stages and print the JSON line."""
+    """Measure the stages and print a JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30, help="of one core, the large runs")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="of Ray; in the driver there are 0")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -315,23 +342,22 @@ def main() -> None:
     from selfsup_ray.cluster.session import session
 
     torch.set_num_threads(1)
+    line = {"benchmark": "ray_overhead"} | {k: v for k, v in vars(given).items() if k != "only"}
     seconds, began = Seconds(), time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary, session(num_cpus=2):
-        start = {"cpu_s": seconds.total(system=False) + seconds.total(system=True)}
-        start["wall_s"] = time.perf_counter() - began
-        found = {}
+    with tempfile.TemporaryDirectory() as temporary, session(num_cpus=max(2, given.workers)):
+        seconds.settle()
+        start = sum(seconds.total(system=one) for one in (False, True))
+        wall = time.perf_counter() - began
+        print(json.dumps({**line, "session_cpu_s": round(start, 1), "wall_s": round(wall, 1)}))
         small = Stages(Path(temporary, "small"), given.seconds / 30 / 10)
         large = Stages(Path(temporary, "large"), given.seconds / 30)
         for name in given.only:
             works = getattr(small, name)(), getattr(large, name)()
             folder = Path(temporary, name)
             folder.mkdir()
-            found[name] = compared(name, *works, folder, seconds, given.rounds)
-            print(f"{name}: {found[name]}", flush=True)
-    load = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
-    session_start = {key: round(value, 1) for key, value in start.items()}
-    line = {"benchmark": "ray_overhead", "seconds": given.seconds, "rounds": given.rounds, **load}
-    print(json.dumps({**line, "session_start": session_start, "stages": found}))
+            found = compared(name, works, folder, seconds, given)
+            load = {"cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+            print(json.dumps({**line, "stage": name, **found, **load}), flush=True)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ class HeadScores(Sequence[Array]):
 
 @dataclass(frozen=True)
 class Relabeled:
-    """New labels of a head on every rank, (N,) int32; how they were found, their mean -log p."""
+    """New labels of this rank's blocks, (n,) int32, one after the other; their mean -log p."""
 
     labels: Tensor
     solved: Balanced
@@ -159,15 +159,14 @@ def relabeled(
     scores: HeadScores,
     config: SinkhornConfig,
     *,
-    num_images: int,
     shares: Array | None,
     start: Array | None,
     place: str,
 ) -> Relabeled:
-    """Return balanced labels of all images; every rank calls it with its own blocks.
+    """Return balanced labels of the images; every rank calls it with its own blocks.
 
     place: which head at which event, for the message. Raises TrainingError when a logit is not
-    finite, RuntimeError unless each image was labelled exactly once.
+    finite.
     """
     device = scores.device
 
@@ -196,13 +195,11 @@ def relabeled(
                 f"No labels could be found for {place}: {error}. Lower optim.lr, or set "
                 f"precision=float32; the last checkpoint is from before this event."
             ) from None
-    table, cost, count = torch.zeros(num_images, dtype=torch.int32), 0.0, 0
-    for i, block in enumerate(scores.blocks):
+    labels, cost = list[Array](), 0.0
+    for i in range(len(scores)):
         found, own = balanced_labels(scores[i], solved.log_r, lam=config.lam)
-        table[torch.from_numpy(block.ids)] = torch.from_numpy(found) + 1
-        cost, count = cost + own, count + len(found)
-    table = all_sum(table)
-    totals = all_sum(torch.tensor([cost, count], dtype=torch.float64))
-    if int(totals[1]) != num_images or int(table.min()) < 1:
-        raise RuntimeError(f"{int(totals[1])} labels for {num_images} images at {place}")
-    return Relabeled(table - 1, solved, float(totals[0]) / num_images)
+        labels.append(found)
+        cost += own
+    table = torch.from_numpy(np.concatenate([np.empty(0, np.int32), *labels]))
+    totals = all_sum(torch.tensor([cost, len(table)], dtype=torch.float64))
+    return Relabeled(table, solved, float(totals[0] / totals[1]))

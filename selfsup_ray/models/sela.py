@@ -17,6 +17,7 @@ from selfsup_ray.artifacts import Array
 from selfsup_ray.errors import TrainingError
 from selfsup_ray.models.alexnet import DropoutKey, set_dropout_key
 from selfsup_ray.models.backbones import Backbone, seeded
+from selfsup_ray.models.labels import Labels, Route, Source
 from selfsup_ray.models.norm import SyncNorm, set_batch_norm
 from selfsup_ray.models.objective import Metrics, Objective, at_least_float32, full_precision
 from selfsup_ray.models.relabeling import Block, HeadScores, Relabeled, collected, relabeled
@@ -44,18 +45,19 @@ MEASURED = (
 
 PassViews = Callable[[list[Tensor], Tensor, int], list[Tensor]]
 """Makes the views of the labelling pass, as training's `MakeViews`."""
+Truth = Callable[[Array], Array]
+"""ids -> classes, -1 unknown; they are only compared with."""
 
 
 class SeLa(Objective):
     """SeLa (Asano, Rupprecht, Vedaldi 2020); views: one tensor of the images.
 
-    Every rank has the labels of all images, 4 bytes a head and image. Batch normalisation is over
-    all ranks, as over the one GPU that held the published networks, and the masks of `Dropout` are
+    Labels lie on the ranks by image id, 4 bytes a head and image. Batch normalisation is over all
+    ranks, as over the one GPU that held the published networks, and the masks of `Dropout` are
     functions of step and image id: results do not depend on the number of ranks but for rounding.
     """
 
     num_views = 1
-    labels: Tensor
     passed: Tensor
     log_r: Tensor
     estimates: Tensor
@@ -69,13 +71,10 @@ class SeLa(Objective):
         *,
         num_images: int,
         pass_views: PassViews,
-        labels: Array | None = None,
-        truth: Array | None = None,
+        labels: Source | None = None,
+        truth: Truth | None = None,
     ) -> None:
-        """labels: (T, N) to start from; truth: (N,) classes, -1 unknown, only to be compared with.
-
-        pass_views: of the labelling pass.
-        """
+        """pass_views: of the labelling pass; labels: to start from, by default balanced ones."""
         super().__init__()
         self.method, self.backbone, self.pass_views, self.truth = (
             method,
@@ -89,9 +88,9 @@ class SeLa(Objective):
         set_batch_norm(self, SyncNorm())
         self.per_epoch = num_images // method.batch_size * method.batch_size
         self.times = method.events.epochs(method.epochs) * self.per_epoch
-        start = first_labels(num_images, heads, k, seed=method.seed) if labels is None else labels
+        start = labels or first_labels(num_images, heads, k, seed=method.seed)
         nothing = torch.full((len(self.times), heads, len(MEASURED)), math.nan, dtype=torch.float64)
-        self.register_buffer("labels", torch.from_numpy(start.astype(np.int32)))
+        self.labels = Labels(num_images, heads, start)
         self.register_buffer("passed", torch.zeros((), dtype=torch.int64))
         self.register_buffer("log_r", torch.full((heads, k), math.nan, dtype=torch.float64))
         self.register_buffer("estimates", torch.full((heads, k), 1 / k, dtype=torch.float64))
@@ -105,7 +104,8 @@ class SeLa(Objective):
         """Return the mean over heads of the cross-entropy with each head's labels of these ids."""
         features = self.features(views[0], ids, step=self._step)
         with full_precision(features):
-            rows, labels = at_least_float32(features), self.labels[:, ids].long()
+            labels = self.labels.of(ids, self.shares_of(len(ids))).long().unbind(dim=1)
+            rows = at_least_float32(features)
             logits = [head(rows) for head in self.heads]
             losses = torch.stack(
                 [F.cross_entropy(one, y) for one, y in zip(logits, labels, strict=True)]
@@ -115,7 +115,7 @@ class SeLa(Objective):
             self._losses.append(losses.detach())
         metrics = {
             "loss": losses.detach().mean(),
-            "label_accuracy": (tops == labels).float().mean(),
+            "label_accuracy": (tops == torch.stack(labels)).float().mean(),
         }
         return losses.mean(), metrics
 
@@ -166,15 +166,23 @@ class SeLa(Objective):
         keeps_logits = len(heads) * self.method.num_clusters < self.backbone.dim
         blocks = self._pass(event, dataset, heads if keeps_logits else None)
         self._require_finite(blocks, event)
-        k = self.method.num_clusters
+        k, device = self.method.num_clusters, self.log_r.device
+        ids = np.concatenate([np.empty(0, np.int64), *(block.ids for block in blocks)])
+        route, classes = Route(ids, self.labels.shares, device), self._classes()
         for place, head in enumerate(heads):
             of = _Columns(place * k, k) if keeps_logits else self.heads[head]
-            scores = HeadScores(blocks, of, self.labels.device)
-            self._renew(event, head, scores, samples_seen)
+            found = self._solved(event, head, HeadScores(blocks, of, device), samples_seen)
+            labels, before = route(found.labels), self.labels.mine()[:, head].clone()
+            self.labels.mine()[:, head] = labels
+            numbers = self._measured(found, labels, before, classes)
+            numbers["samples_seen"] = float(samples_seen)
+            row = [numbers.get(name, math.nan) for name in MEASURED]
+            self.events[event, head] = torch.tensor(row, dtype=torch.float64, device=device)
+            _say(event, head, found, numbers, self.method.sinkhorn.max_iterations)
 
     def _pass(self, event: int, dataset: Dataset, heads: Sequence[int] | None) -> list[Block]:
         """Return features of all images of this rank, or the logits of some heads side by side."""
-        method, device, training = self.method, self.labels.device, self.training
+        method, device, training = self.method, self.log_r.device, self.training
         augmented = isinstance(method.label_pass, AugmentedPass)
         order = torch.channels_last if method.channels_last else torch.contiguous_format
         self.train(augmented)
@@ -204,16 +212,16 @@ class SeLa(Objective):
     def _require_finite(self, blocks: list[Block], event: int) -> None:
         """Raise TrainingError on every rank when a feature of any is not finite."""
         bad = sum(int((~block.rows.isfinite()).any(dim=1).sum()) for block in blocks)
-        total = int(collectives.all_sum(torch.tensor(bad, device=self.labels.device)))
+        total = int(collectives.all_sum(torch.tensor(bad, device=self.log_r.device)))
         if total:
             raise TrainingError(
                 f"Features of {total} images are not finite at event {event}. Lower optim.lr, or "
                 f"set precision=float32; the last checkpoint is from before this event."
             )
 
-    def _renew(self, event: int, head: int, scores: HeadScores, samples_seen: int) -> None:
-        """Solve the assignment of one head, and note how it went."""
-        method, device = self.method, self.labels.device
+    def _solved(self, event: int, head: int, scores: HeadScores, samples_seen: int) -> Relabeled:
+        """Solve the assignment of one head."""
+        method, device = self.method, self.log_r.device
         progress = samples_seen / max(self.per_epoch * method.epochs, 1)
         if isinstance(method.prior, EstimatedPrior) and progress > 0:
             counts = scores.soft_counts(
@@ -225,34 +233,47 @@ class SeLa(Objective):
         found = relabeled(
             scores,
             method.sinkhorn,
-            num_images=self.labels.shape[1],
             shares=marginals(method.prior, self.estimates[head].cpu().numpy(), progress=progress),
             start=start if method.sinkhorn.warm_start and np.isfinite(start).all() else None,
             place=f"head {head} at event {event}",
         )
         self.log_r[head] = torch.from_numpy(found.solved.log_r).to(device)
-        numbers = self._measured(found, self.labels[head].cpu(), samples_seen)
-        self.labels[head] = found.labels.to(device)
-        row = [numbers.get(name, math.nan) for name in MEASURED]
-        self.events[event, head] = torch.tensor(row, dtype=torch.float64, device=device)
-        _say(event, head, found, numbers, method.sinkhorn.max_iterations)
+        return found
 
-    def _measured(self, found: Relabeled, before: Tensor, samples_seen: int) -> dict[str, float]:
-        k, solved = self.method.num_clusters, found.solved
-        sizes = torch.bincount(found.labels.long(), minlength=k)
+    def _classes(self) -> tuple[Array, int] | None:
+        """Return the classes of this rank's images, and how many there are on all ranks."""
+        if self.truth is None:
+            return None
+        own = self.truth(self.labels.ids)
+        largest = torch.tensor([int(own.max(initial=0))], device=self.log_r.device)
+        return own, int(collectives.gather(largest).max()) + 1
+
+    def _measured(
+        self, found: Relabeled, labels: Tensor, before: Tensor, classes: tuple[Array, int] | None
+    ) -> dict[str, float]:
+        """Return what is noted of an event; only counts by cluster and class are added up.
+
+        labels, before: (n,) of this rank's images by id; classes: of `_classes`.
+        """
+        k, solved, changed = self.method.num_clusters, found.solved, (labels != before).sum()
+        sizes = torch.cat([torch.bincount(labels.long(), minlength=k), changed[None]])
+        *counts, changes = collectives.all_sum(sizes).tolist()
         numbers = {
-            "samples_seen": float(samples_seen),
             "iterations": float(solved.iterations),
             "change": solved.change,
             "converged": float(solved.converged),
             "cost": found.cost,
-            "changed_share": float((found.labels != before).double().mean()),
-            "smallest": float(sizes.min()),
-            "largest": float(sizes.max()),
+            "changed_share": changes / len(self.labels),
+            "smallest": float(min(counts)),
+            "largest": float(max(counts)),
         }
-        if self.truth is None:
+        if classes is None:
             return numbers
-        return numbers | agreement(found.labels.numpy(), self.truth, num_clusters=k)
+        own, num_classes = classes
+        table = contingency(labels.cpu().numpy(), own, num_clusters=k, num_classes=num_classes)
+        return numbers | agreement(
+            collectives.all_sum(torch.from_numpy(table).to(labels.device)).cpu().numpy()
+        )
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Return the mean over heads of what was noted of each head's last event."""
@@ -298,23 +319,22 @@ def _head(dim: int, num_clusters: int) -> nn.Linear:
     return head
 
 
-def first_labels(num_images: int, num_heads: int, num_clusters: int, *, seed: int) -> Array:
-    """Return labels (T, N) int32 from before the first event: i mod K, permuted for each head."""
-    places = np.arange(num_images)
-    return np.stack(
-        [
+def first_labels(num_images: int, num_heads: int, num_clusters: int, *, seed: int) -> Source:
+    """Return the labels from before the first event: i mod K, permuted for each head."""
+
+    def between(first: int, stop: int) -> Array:
+        places = np.arange(first, stop)
+        permutations = (
             permuted(places, n=num_images, seed=seed, epoch=0, stream=LABEL_STREAM + head)
-            % num_clusters
             for head in range(num_heads)
-        ]
-    ).astype(np.int32)
+        )
+        return np.stack([one % num_clusters for one in permutations], axis=1).astype(np.int32)
+
+    return between
 
 
-def agreement(labels: Array, truth: Array, *, num_clusters: int) -> dict[str, float]:
-    """Return NMI, ARI and purity of labels (N,) against classes (N,), where those are known."""
-    counts = contingency(
-        labels, truth, num_clusters=num_clusters, num_classes=int(truth.max(initial=0)) + 1
-    )
+def agreement(counts: Array) -> dict[str, float]:
+    """Return NMI, ARI and purity of labels against classes from their counts (K, C)."""
     return {
         "nmi": normalized_mutual_information(counts),
         "ari": adjusted_rand_index(counts),

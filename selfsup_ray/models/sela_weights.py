@@ -44,9 +44,9 @@ def fill_published(objective: SeLa, path: Path) -> str:
     text = f"{path}: a {shape.name} with {len(objective.heads)} heads"
     if labels is None:
         return f"{text}, no labels; they start anew"
-    if labels.shape != objective.labels.shape:
+    if labels.shape != (objective.labels.num_heads, len(objective.labels)):
         return f"{text}; its labels {tuple(labels.shape)} are of other images and left out"
-    objective.labels.copy_(labels)
+    objective.labels.start_from(lambda first, stop: labels[:, first:stop].T.numpy())
     return f"{text} and the labels of all {labels.shape[1]:,} images"
 
 
@@ -94,4 +94,4 @@ def _labels(loaded: Any) -> Tensor | None:
     found = loaded.get("L", loaded.get("labels")) if isinstance(loaded, Mapping) else None
     if not isinstance(found, Tensor) or found.is_floating_point():
         return None
-    return found.to(torch.int32).view(-1, found.shape[-1])
+    return found.view(-1, found.shape[-1])

@@ -236,13 +236,15 @@ def _read_foreign(path: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def load_plain(path: Path, *, do: str) -> Any:
+def load_plain(path: Path, *, do: str, mapped: bool = False) -> Any:
     """Return what torch.save wrote, on the CPU; no code in the file can run.
 
-    Raises ArtifactError ending in `do` when it holds anything but tensors and plain values.
+    mapped: tensors are read from the file when they are looked at (all at once, as without it,
+    from files in torch's format of before 1.6). Raises ArtifactError ending in `do` when it holds anything but tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mapped and zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         unless_storage(error)
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
