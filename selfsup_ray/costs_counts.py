@@ -20,7 +20,7 @@ from selfsup_ray.experiment import Experiment
 from selfsup_ray.ops.all_pairs import num_groups
 from selfsup_ray.ops.assignment import blocks
 from selfsup_ray.ops.spreading import spread_bytes
-from selfsup_ray.stages.cell_graph import RANGE_ROWS, CellsConfig
+from selfsup_ray.stages.cell_graph import CellsConfig
 from selfsup_ray.stages.patch_rows import ROWS
 from selfsup_ray.stages.reduce import SAMPLE_BLOCK
 from selfsup_ray.training import TrainConfig
@@ -173,8 +173,7 @@ def _cell_parts(
     assert e.ingest is not None and e.graph is not None
     budget = method.memory_mb * 1_000_000
     part = max(1, budget // (dim * 12 + 64) // e.ingest.shard_size)
-    row_bytes = dim * 6 + (e.graph.k + method.extra) * 12 + e.graph.k * 16
-    most = min(RANGE_ROWS, max(4096, budget // row_bytes))
+    most = method.range_rows(dim=dim, k=e.graph.k)
     return ceil(shards / part), min(ceil(n / most), method.cells(n))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from selfsup_ray.cluster.methods import ExactConfig, HNSWConfig, IVFConfig
@@ -16,6 +17,8 @@ JOIN_FLOPS = 250e9
 JOIN_ROW_S = 14e-6
 """Seconds of one core for a row in the cell join besides products, and again as much for every 256
 numbers of it: selection, gathers, sorting (38.2 s in all for 1 M x 256 on one core measured)."""
+JOIN_LIST_S = 75e-6
+"""Seconds of one core to take a cell's rows for one range of rows that looks there: a product."""
 GROUPS = 13
 """Groups of about sqrt(cells) centers that a row is compared with to find its cell."""
 GROWTH = 1.35
@@ -45,7 +48,7 @@ def graph_cost(
     cores = workers * resources.cpus
     match method:
         case CellsConfig():
-            return _cells(method, n=n, dim=dim, lists=lists, cores=cores)
+            return _cells(method, n=n, dim=dim, k=k, cores=cores)
         case IVFConfig():
             scanned = n * method.probes(n) / method.lists(n) * GROWTH
             seconds = 2.0 * n * scanned * dim / (SEARCH_FLOPS / 8 * cores)
@@ -60,16 +63,18 @@ def graph_cost(
     return GraphCost(n * dim * 4 // workers, lists, seconds, f"d={dim} at most, {note}")
 
 
-def _cells(method: CellsConfig, *, n: int, dim: int, lists: int, cores: float) -> GraphCost:
-    size = n / method.cells(n)
+def _cells(method: CellsConfig, *, n: int, dim: int, k: int, cores: float) -> GraphCost:
+    size, ranges = n / method.cells(n), math.ceil(n / method.range_rows(dim=dim, k=k))
     compared = method.probes * size * GROWTH + GROUPS * method.cells(n) ** 0.5
     flops = 2.0 * n * compared * dim
-    seconds = (flops / JOIN_FLOPS + n * JOIN_ROW_S * (1 + dim / 256)) / cores
+    # Small classes scatter near cells over the whole order, so a range looks into most of them.
+    taken = ranges * method.cells(n) * JOIN_LIST_S if ranges > 1 else 0.0
+    seconds = (flops / JOIN_FLOPS + n * JOIN_ROW_S * (1 + dim / 256) + taken) / cores
     note = f"{method.probes} cells of {size:.0f} rows compared with each, {JOIN_FLOPS / 1e9:.0f} "
     return GraphCost(
         method.memory_mb * 1_000_000,
         # The rows twice in files on the way: in parts, then in the order of the cells.
-        int(n * dim * 8 + 2 * lists + n * 24),
+        n * (dim * 8 + k * 16 + 24),
         seconds,
         f"d={dim} at most, {note}GFLOP/s a core",
     )

@@ -70,6 +70,12 @@ class CellsConfig:
         """Return the number of cells for n images."""
         return max(1, min(n // self.cell_size, MAX_CELLS))
 
+    def range_rows(self, *, dim: int, k: int) -> int:
+        """Return how many rows (n, dim) are joined at once, about, for k neighbors each."""
+        # Each costs its row, and its candidates: 6 bytes each, twice k + extra of them.
+        row_bytes = dim * 6 + (k + self.extra) * 12 + k * 16
+        return min(RANGE_ROWS, max(4096, self.memory_mb * 1_000_000 // row_bytes))
+
 
 @dataclass(frozen=True)
 class CellJoin:
@@ -178,9 +184,7 @@ class CellJoin:
         """Cut the cells into ranges of about equal size and write `borders.npy` and `ranges`."""
         borders = sum(self._read("run_borders", part) for part in range(len(self.part_shards)))
         assert isinstance(borders, np.ndarray)
-        # A range costs its rows, and its candidates: 6 bytes each, twice k + extra of them.
-        row_bytes = self.array.shape[1] * 6 + (self.k + self.method.extra) * 12 + self.k * 16
-        most = min(RANGE_ROWS, max(4096, self.method.memory_mb * 1_000_000 // row_bytes))
+        most = self.method.range_rows(dim=self.array.shape[1], k=self.k)
         cuts = [0]
         for cell in range(1, len(borders)):
             if borders[cell] - borders[cuts[-1]] > most and cell - 1 > cuts[-1]:
