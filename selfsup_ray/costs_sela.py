@@ -18,9 +18,10 @@ def relabeling_bytes(made: SeLaConfig, n: int) -> int:
     stored = 4 * min(heads * made.num_clusters, made.backbone.dim)
     entry = {"bfloat16": 2, "float32": 4, "float64": 8}[made.sinkhorn.precision]
     matrix = 0 if made.sinkhorn.on_disk else entry * made.num_clusters
-    return int(n * made.num_heads * 4 + own * (stored + matrix))
+    labels = 4 * made.num_heads + 3 * 8  # and where each image's number goes
+    return int(own * (labels + stored + matrix))
 
 
 def labels_bytes(made: SeLaConfig, n: int) -> int:
-    """Return the disk of clusters, probabilities, and labels in three forms."""
-    return n * (4 * (made.num_clusters + 1) + 14 * made.num_heads + 100)
+    """Return the disk of clusters, probabilities, and labels in three forms, one of them twice."""
+    return n * (4 * (made.num_clusters + 1) + 22 * made.num_heads + 100)

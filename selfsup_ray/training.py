@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 MakeViews = Callable[[list[Tensor], Tensor, int], list[Tensor]]
 """(uint8 image batches (B, 3, S, S), ids (B,), epoch) -> normalised float views, same device."""
+
+CUT = "_extra_state"
+"""How the names of states end that lie on the ranks by image id: memory banks and labels."""
 
 Record = dict[str, float]
 """One line of the history: step, epoch, loss, lr, images_per_s, data_wait_share, metrics."""
@@ -268,11 +272,19 @@ def save_state(path: Path, state: State) -> None:
 def load_state(path: Path) -> State | None:
     """Return the state in a file, on the CPU; None when there is no file.
 
-    Raises ArtifactError when it holds anything but tensors and plain values.
+    What objectives cut over the ranks is only mapped: a rank reads its part of it. Raises
+    ArtifactError when the file holds anything but tensors and plain values.
     """
     if not path.exists():
         return None
-    return cast(State, load_plain(path, do="Delete it: the stage then starts from its beginning."))
+    do = "Delete it: the stage then starts from its beginning."
+    state = load_plain(path, do=do, mapped=True)
+    cut = {key: x for key, x in state["objective"].items() if key.endswith(CUT)}
+    whole = {key: x for key, x in state["objective"].items() if key not in cut}
+    # Copied, since optimizers would go on with tensors in a file that the next checkpoint replaces.
+    copied = copy.deepcopy({**state, "objective": whole})
+    copied["objective"] |= cut
+    return cast(State, copied)
 
 
 def restore(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,12 +241,13 @@ def _read_foreign(path: Path) -> dict[str, dict[str, Tensor]]:
 def load_plain(path: Path, *, do: str, mapped: bool = False) -> Any:
     """Return what torch.save wrote, on the CPU; no code in the file can run.
 
-    mapped: tensors are read from the file when they are looked at (all at once, as without it,
-    from files in torch's format of before 1.6). Raises ArtifactError ending in `do` when it holds anything but tensors and plain values.
+    mapped: tensors are read when they are looked at, but for files in torch's format before 1.6.
+    Raises ArtifactError ending in `do` when it holds anything but tensors and plain values.
     """
     try:
-        mapped = mapped and zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        file = os.fspath(path)
+        mapped = mapped and zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         unless_storage(error)
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -17,12 +17,12 @@ from selfsup_ray.config import NonNegative, Positive, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.datasets import Images
 from selfsup_ray.data.views import EvalView, SeLaViews, Views, ViewsConfig
-from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.alexnet import require_side
 from selfsup_ray.models.backbone import AlexNetConfig, TrainedBackboneConfig
 from selfsup_ray.models.backbones import build_backbone
 from selfsup_ray.models.clusterer import Clusterer, save_clusterer
 from selfsup_ray.models.encoder import save_encoder
+from selfsup_ray.models.labels import Source, pieces
 from selfsup_ray.models.sela import SeLa
 from selfsup_ray.models.sela_config import (
     AugmentedPass,
@@ -39,7 +39,7 @@ from selfsup_ray.models.sela_config import (
 )
 from selfsup_ray.models.sela_weights import fill_published
 from selfsup_ray.optim import OptimConfig, ScheduleConfig, SGDConfig, StepSchedule
-from selfsup_ray.stages.sela_labels import read_labels, write_labels
+from selfsup_ray.stages.sela_labels import given_labels, write_labels
 from selfsup_ray.stages.trained import image_input, last_record, predict, trained
 from selfsup_ray.storage import Place, located
 from selfsup_ray.training import TrainConfig
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from selfsup_ray.training import MakeViews
 
 log = logging.getLogger(__name__)
-
-MOST_LABELS = 2**28
-"""Labels of all heads that every worker keeps: 1 GB."""
 
 
 @config
@@ -138,9 +135,7 @@ def sela(
     began = time.perf_counter()
     require_views(config, corpus.image_size)
     require_cut(config, together=1, workers=config.resources.workers)
-    _require_room(config, len(corpus))
-    if isinstance(config.events, FixedLabels):
-        _given_labels(config, len(corpus))
+    _require_given(config, len(corpus))
     objective, facts = _learned(corpus, config, out, tracker)
     best = objective.best_head()
     head, images = objective.heads[best], image_input(corpus, config.views)
@@ -156,12 +151,12 @@ def sela(
     return clusterer
 
 
-def _require_room(made: SeLaConfig, num_images: int) -> None:
-    if made.num_heads * num_images > MOST_LABELS:
-        raise ConfigError(
-            f"sela.num_heads={made.num_heads} of {num_images:,} images are more labels than the "
-            f"{MOST_LABELS:,} that every worker keeps. Lower it to {MOST_LABELS // num_images}."
-        )
+def _require_given(made: SeLaConfig, num_images: int) -> None:
+    """Raise ConfigError unless labels that are given fit, all of them, some at a time."""
+    source = _given_labels(made, num_images)
+    if source is not None:
+        for first, stop in pieces(0, num_images, num_heads=made.num_heads):
+            source(first, stop)
 
 
 def _learned(
@@ -183,7 +178,7 @@ def _build(corpus: Corpus, made: SeLaConfig) -> tuple[SeLa, Images, MakeViews]:
         num_images=len(corpus),
         pass_views=_pass_views(corpus, made),
         labels=_given_labels(made, len(corpus)),
-        truth=corpus.labels() if corpus.has_labels else None,
+        truth=corpus.labels if corpus.has_labels else None,
     )
     if made.initial_weights is not None:
         log.info("sela: %s", fill_published(objective, made.initial_weights))
@@ -191,11 +186,11 @@ def _build(corpus: Corpus, made: SeLaConfig) -> tuple[SeLa, Images, MakeViews]:
     return objective, Images(corpus), views
 
 
-def _given_labels(made: SeLaConfig, num_images: int) -> Any:
-    """Return the labels (T, N) of `events.name=fixed`, None with other events."""
+def _given_labels(made: SeLaConfig, num_images: int) -> Source | None:
+    """Return the labels of `events.name=fixed`, None with other events."""
     if not isinstance(made.events, FixedLabels):
         return None
-    return read_labels(
+    return given_labels(
         made.events.labels,
         num_heads=made.num_heads,
         num_images=num_images,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ from torch import Tensor
 from selfsup_ray.artifacts import Array, ShardedArray, whole_file, write_json
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.memory import mapped
+from selfsup_ray.models.labels import Source
 from selfsup_ray.models.sela import MEASURED, agreement
 from selfsup_ray.models.weights import load_plain
+from selfsup_ray.ops.metrics import contingency
 from selfsup_ray.storage import located
 
 if TYPE_CHECKING:
@@ -32,25 +36,43 @@ def write_labels(
 
     labels/: (N, T) int32 by shard; pseudo_labels.parquet: id, path, head_0, head_1, ...;
     pseudo_labels.pt: {"L": (T, N) int64}, which loads with weights_only; events.json: what was
-    noted of each event and head.
+    noted of each event and head. A shard of the corpus is in memory at a time.
     """
-    labels = objective.labels.cpu()
-    table, rows = np.asarray(labels.numpy()), corpus.shard_rows
+    labels, rows = objective.labels, corpus.shard_rows
     stored = ShardedArray.create(
-        out / "labels", shard_rows=rows, row_shape=(len(table),), dtype="int32"
+        out / "labels", shard_rows=rows, row_shape=(labels.num_heads,), dtype="int32"
     )
-    for i, n in enumerate(rows):
-        part = table[:, int(corpus.offsets[i]) :][:, :n]
-        stored.write_shard(i, part.T)
-        clusterer.assignments.write_shard(i, part[head])
-    _write_parquet(out / "pseudo_labels.parquet", corpus, table)
+    counts = _Counts(corpus, num_clusters=objective.method.num_clusters)
+    tensor = mapped((labels.num_heads, len(labels)), torch.int64)
+    with _parquet(out / "pseudo_labels.parquet", labels.num_heads) as write:
+        for i, n in enumerate(rows):
+            first = int(corpus.offsets[i])
+            ids, part = np.arange(first, first + n), labels.between(first, first + n)
+            stored.write_shard(i, part)
+            clusterer.assignments.write_shard(i, part[:, head])
+            write([ids, corpus.sources(ids), *part.T])
+            tensor[:, first : first + n] = torch.from_numpy(part.T)
+            counts.add(part[:, head], ids)
     with whole_file(out / "pseudo_labels.pt") as temporary:
-        torch.save({"L": labels.long()}, temporary)
+        torch.save({"L": tensor}, temporary)
     write_json(out / "events.json", noted(objective.events.cpu()))
-    if not corpus.has_labels:
-        return {}
-    k = objective.method.num_clusters
-    return agreement(table[head], corpus.labels(), num_clusters=k)
+    return agreement(counts.table) if corpus.has_labels else {}
+
+
+class _Counts:
+    """Images by cluster and class, added up over the shards of a corpus."""
+
+    def __init__(self, corpus: Corpus, *, num_clusters: int) -> None:
+        self.corpus, self.num_clusters = corpus, num_clusters
+        self.table = np.zeros((num_clusters, 0), np.int64)
+
+    def add(self, clusters: Array, ids: Array) -> None:
+        """Count some images; a class that was not seen before gets a column."""
+        classes = self.corpus.labels(ids)
+        columns = max(self.table.shape[1], int(classes.max(initial=-1)) + 1)
+        grown = contingency(clusters, classes, num_clusters=self.num_clusters, num_classes=columns)
+        grown[:, : self.table.shape[1]] += self.table
+        self.table = grown
 
 
 def noted(events: Tensor) -> list[dict[str, float]]:
@@ -64,67 +86,79 @@ def noted(events: Tensor) -> list[dict[str, float]]:
     ]
 
 
-def _write_parquet(path: Path, corpus: Corpus, table: Array) -> None:
-    """Write a row group a shard, so that memory does not grow with N but for the labels."""
-    heads = [(f"head_{head}", pa.int32()) for head in range(len(table))]
+@contextmanager
+def _parquet(path: Path, num_heads: int) -> Iterator[Callable[[list[Any]], None]]:
+    """Yield a function that writes the columns of a shard, as a row group."""
+    heads = [(f"head_{head}", pa.int32()) for head in range(num_heads)]
     schema = pa.schema([("id", pa.int64()), ("path", pa.string()), *heads])
     with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for i, n in enumerate(corpus.shard_rows):
-            ids = np.arange(corpus.offsets[i], corpus.offsets[i] + n)
-            columns = [ids, corpus.sources(ids), *table[:, ids]]
-            writer.write_table(pa.table(columns, schema=schema))
+        yield lambda columns: writer.write_table(pa.table(columns, schema=schema))
 
 
-def read_labels(path: Path, *, num_heads: int, num_images: int, num_clusters: int) -> Array:
-    """Return the labels (T, N) int32 of an exported file.
+def given_labels(path: Path, *, num_heads: int, num_images: int, num_clusters: int) -> Source:
+    """Return the labels of an exported file, which is read where they are asked for.
 
-    Raises ConfigError unless there is one below num_clusters for each head and image.
+    Raises ConfigError unless they are of so many heads and images; so does what is returned, when
+    an image has no label, two, or one that is not below num_clusters.
     """
     path = located(path)
-    table = _from_parquet(path) if path.suffix == ".parquet" else _from_tensors(path)
-    if table.shape != (num_heads, num_images):
+    shape, read = _from_parquet(path) if path.suffix == ".parquet" else _from_tensors(path)
+    if shape != (num_heads, num_images):
         raise ConfigError(
-            f"{path} has labels of {table.shape[0]} heads and {table.shape[1]:,} images, but "
+            f"{path} has labels of {shape[0]} heads and {shape[1]:,} images, but "
             f"sela.num_heads={num_heads} and the corpus has {num_images:,} images. "
-            f"Set sela.num_heads={table.shape[0]}, or give the labels of this corpus."
+            f"Set sela.num_heads={shape[0]}, or give the labels of this corpus."
         )
-    if table.min() < 0 or table.max() >= num_clusters:
-        raise ConfigError(
-            f"{path} has labels from {table.min()} to {table.max()}, which do not fit "
-            f"sela.num_clusters={num_clusters}. Set it to {table.max() + 1}."
-        )
-    return np.asarray(table.astype(np.int32))
+
+    def between(first: int, stop: int) -> Array:
+        found = read(first, stop)
+        low, high = found.min(initial=0), found.max(initial=0)
+        if low < 0 or high >= num_clusters:
+            raise ConfigError(
+                f"{path} has labels from {low} to {high}, which do not fit "
+                f"sela.num_clusters={num_clusters}. Set it to {high + 1} or more."
+            )
+        return np.asarray(found.astype(np.int32))
+
+    return between
 
 
-def _from_parquet(path: Path) -> Array:
+def _from_parquet(path: Path) -> tuple[tuple[int, int], Source]:
     if not path.exists():
         raise ConfigError(f"{path} does not exist. Give the pseudo_labels.parquet of a sela run.")
     with open(path, "rb") as file:
-        table = pq.read_table(file)
-    names = [
-        f"head_{i}" for i in range(len(table.column_names)) if f"head_{i}" in table.schema.names
-    ]
-    if "id" not in table.column_names or not names:
+        found = pq.ParquetFile(file)
+        names, num_images = found.schema_arrow.names, found.metadata.num_rows
+    heads = [name for i in range(len(names)) if (name := f"head_{i}") in names]
+    if "id" not in names or not heads:
         raise ConfigError(
-            f"{path} has the columns {', '.join(table.column_names)}, but labels need `id` and "
+            f"{path} has the columns {', '.join(names)}, but labels need `id` and "
             f"`head_0`, `head_1`, ... Give the pseudo_labels.parquet of a sela run."
         )
-    ids = table["id"].to_numpy()
-    if not np.array_equal(np.sort(ids), np.arange(len(ids))):
-        raise ConfigError(f"{path} must have each id from 0 to {len(ids) - 1} once.")
-    heads = np.stack([table[name].to_numpy() for name in names])
-    out = np.empty_like(heads)
-    out[:, ids] = heads
-    return out
+
+    def between(first: int, stop: int) -> Array:
+        asked = [("id", ">=", first), ("id", "<", stop)]  # row groups without such ids are not read
+        with open(path, "rb") as file:
+            table = pq.read_table(file, columns=["id", *heads], filters=asked)
+        ids = table["id"].to_numpy()
+        if not np.array_equal(np.sort(ids), np.arange(first, stop)):
+            raise ConfigError(f"{path} must have each id from 0 to {num_images - 1} once.")
+        out = np.empty((stop - first, len(heads)), np.int64)
+        out[ids - first] = np.stack([table[name].to_numpy() for name in heads], axis=1)
+        return out
+
+    return (len(heads), num_images), between
 
 
-def _from_tensors(path: Path) -> Array:
-    loaded = load_plain(path, do="Give the pseudo_labels.pt of a sela run, or a checkpoint of it.")
+def _from_tensors(path: Path) -> tuple[tuple[int, int], Source]:
+    do = "Give the pseudo_labels.pt of a sela run, or a checkpoint of it."
+    loaded = load_plain(path, do=do, mapped=True)
     found = tensor_labels(loaded)
     if found is None:
         keys = sorted(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
         raise ConfigError(f"{path} has no labels (T, N) under `L` or `labels`, only {keys}.")
-    return found
+    table = found
+    return (table.shape[0], table.shape[1]), lambda first, stop: table[:, first:stop].T
 
 
 def tensor_labels(loaded: Any) -> Array | None:
