@@ -17,6 +17,7 @@ from selfsup_ray.cluster.tune import Trial
 from selfsup_ray.data.published_contrastive import (
     BATCH,
     BATCH_NORMS,
+    KNN_C10,
     METHODS,
     TEMPERATURE_C10,
     TEMPERATURE_C100,
@@ -34,6 +35,7 @@ Published = Literal[
     "byol_batch",
     "byol_bn",
     "contrastive_methods",
+    "contrastive_knn_c10",
 ]
 PUBLISHED: dict[Published, tuple[str, Points]] = {
     "patches_k": ("classify.model.k", BY_K),
@@ -49,6 +51,7 @@ PUBLISHED_ROWS: dict[Published, tuple[tuple[str, ...], Mapping[tuple[str, ...], 
         BATCH_NORMS,
     ),
     "contrastive_methods": (("pretext.method.name",), METHODS),
+    "contrastive_knn_c10": (("pretext.method.name",), KNN_C10),
 }
 """Name -> the keys that were varied, and the published number by their values as text."""
 MOST_BARS = 30
