@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from selfsup_ray.config import build
-from selfsup_ray.costs import cost
+from selfsup_ray.config import Resources, build
+from selfsup_ray.costs import LINK_CLASSES_PER_S, LINKS_PER_NEIGHBOR, cost
+from selfsup_ray.costs_graph import graph_cost
 from selfsup_ray.costs_instances import INSTANCES
 from selfsup_ray.costs_training import Cost
 from selfsup_ray.experiment import Experiment
+from selfsup_ray.ops.spreading import spread_bytes
 from selfsup_ray.planning_text import size
 from selfsup_ray.progress import clock
+from selfsup_ray.stages.cell_graph import CellsConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "sizing.md"
 BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
@@ -131,9 +134,41 @@ def nodes_of(stage: str, scale: Scale) -> tuple[Node, int]:
     return CPU, 1 if stage in ("diffuse", "export") else scale.cpu_nodes
 
 
+GRAPH_DIM, GRAPH_K, CLASSES, STEPS = 64, 32, 1000, 3
+GRAPHS = ((10**6, 1), (10**7, 1), (10**8, 1), (10**8, 4))
+"""Rows, and nodes that build the graph; labels are spread on one of them."""
+
+
+def graph_table() -> str:
+    """Return the Markdown table of graphs and diffusions beyond what was measured."""
+    lines = [
+        f"### A graph of N x {GRAPH_DIM} rows, {GRAPH_K} neighbors; {CLASSES:,} classes spread in "
+        f"{STEPS} steps",
+        "",
+        f"| N | nodes ({CPU.name}) | graph: time | memory of a node | disk | money | "
+        "diffusion: time | memory | money |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    method = CellsConfig(probes=16)
+    for n, nodes in GRAPHS:
+        ask = Resources(workers=nodes * CPU.cores, cpus=1)
+        graph = graph_cost(method, n=n, dim=GRAPH_DIM, k=GRAPH_K, resources=ask)
+        links = int(LINKS_PER_NEIGHBOR * GRAPH_K * n)
+        spread_s = links * CLASSES * STEPS / (LINK_CLASSES_PER_S * CPU.cores)
+        spread = links * 4 + CPU.cores * min(4e9, spread_bytes(n, 64, dtype="bfloat16"))
+        per_s = CPU.dollars / 3600
+        held = size(CPU.cores * graph.memory_bytes)
+        lines.append(
+            f"| {n:,} | {nodes} | {clock(graph.seconds)} | {held} | "
+            f"{size(graph.disk_bytes)} | ${graph.seconds * per_s * nodes:,.2f} | "
+            f"{clock(spread_s)} | {size(int(spread))} | ${spread_s * per_s:,.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def tables() -> str:
     """Return all tables as they stand in the page."""
-    return "\n".join(table(scale) for scale in SCALES)
+    return "\n".join([*(table(scale) for scale in SCALES), graph_table()])
 
 
 def with_tables(page: str) -> str:
