@@ -10,11 +10,15 @@ from selfsup_ray.stages.labelled_config import (
     CountOfLabels,
     FinetuneConfig,
     LabelledConfig,
+    LayersLinear,
     LinearConfig,
     ShareOfLabels,
 )
 from selfsup_ray.stages.lowshot_config import HeldOutRows, HeldOutShare
 from selfsup_ray.stages.maps import MapsConfig
+
+PROBES_BYTES = 5 * 9_600 * 1_000 * 12
+"""Classifiers of five layers for 1,000 classes: weights, gradients and momentum."""
 
 
 def labelled_cost(
@@ -38,20 +42,26 @@ def labelled_cost(
         )
     frozen = isinstance(config, LinearConfig)
     networks = 2 if isinstance(config, FinetuneConfig) and config.scratch else 1
-    tests = -(-config.epochs // config.test_every)
+    tests, views_of_one = -(-config.epochs // config.test_every), 1
+    if isinstance(config, LayersLinear):
+        tests = max(1, (config.epochs - config.test_from) // config.test_every)
+        views_of_one = 10 if config.ten_crop else 1
     bfloat16 = config.precision == "bfloat16"
     one, note = network_seconds(backbone, side, passes=1, resources=ask, bfloat16=bfloat16)
     seen = train // batch * batch * config.epochs
     views = 0.0 if ask.gpus else view_seconds(StandardViews(size=side), stored)
     seconds = (
-        seen * (one * (1 if frozen else 3) + views / (workers * ask.cpus)) + tests * test * one
+        seen * (one * (1 if frozen else 3) + views / (workers * ask.cpus))
+        + tests * test * views_of_one * one
     )
     kept = net.activation_bytes * batch / workers / config.accumulate * (0.25 if frozen else 1)
+    heads = PROBES_BYTES if isinstance(config, LayersLinear) else 0
     return NetworkCost(
-        memory_bytes=int(net.parameters * 4 * (1 if frozen else 3) + kept),
+        memory_bytes=int(net.parameters * 4 * (1 if frozen else 3) + kept + heads),
         disk_bytes=net.parameters * 4 * (2 if frozen else 3) * networks,
         seconds=networks * seconds,
         assumes=f"{train:,} images {config.epochs} times, {tests} tests of {test:,}, {note}"
+        + (", ten views each" if views_of_one > 1 else "")
         + (", twice: also from scratch" if networks > 1 else ""),
     )
 

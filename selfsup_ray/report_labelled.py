@@ -13,6 +13,7 @@ from selfsup_ray.artifacts import Array, read_json
 from selfsup_ray.report_classes import class_table
 from selfsup_ray.report_classify import percent_or_nothing
 from selfsup_ray.report_html import Section, figures, paragraph, table
+from selfsup_ray.report_layers import layers_part
 from selfsup_ray.report_run import Run, StageFolder
 from selfsup_ray.stages.maps import Maps
 
@@ -23,6 +24,7 @@ PROTOCOLS = {
     "simclr_cifar": "SimCLR's for CIFAR-10",
     "moco": "MoCo's for ImageNet",
     "byol": "BYOL's for ImageNet",
+    "layers": "SeLa's layer-by-layer",
     "simclr": "SimCLR's semi-supervised",
 }
 ORIGINS = {"pretrained": "fine-tuned encoder", "scratch": "new network, same labels"}
@@ -45,7 +47,8 @@ def _linear(run: Run) -> str:
         return ""
     made = read_json(stage.path / "metrics.json")
     body = paragraph(_setting("Linear probe on the frozen encoder", stage, made))
-    rows = [("linear classifier", *_accuracies(made))]
+    layer = str(made["classifier"]).removeprefix("_")
+    rows = [(layer if "layers" in made else "linear classifier", *_accuracies(made))]
     body += table(("", *HEAD), rows, numeric=range(1, 7))
     if made["tried"]:
         head = ("learning rate", "last, %", "max, %")
@@ -54,6 +57,7 @@ def _linear(run: Run) -> str:
             for lr, one in made["tried"].items()
         ]
         body += "<h3>Learning rates tried</h3>" + table(head, tried, numeric=range(3))
+    body += layers_part(made) if "layers" in made else ""
     body += figures([_curve("linear probe", {"test": made})])
     return "<h3>Linear probe</h3>" + body + _by_class(run, {"accuracy": made})
 

@@ -237,6 +237,20 @@ EVALUATE = {
     "finetune.optim.weight_decay": 0,
     "finetune.labels.share": 0.01,
 }
+# SeLa's linear probes of AlexNet's layers (Asano et al. 2020, public code).
+LAYERS = {
+    "linear.name": "layers",
+    "linear.epochs": 36,
+    "linear.batch_size": 192,
+    "linear.optim.lr": 0.01,
+    "linear.optim.momentum": 0.9,
+    "linear.optim.weight_decay": 1e-5,
+    "linear.schedule.milestones": [10, 20, 30],
+    "linear.schedule.rate": 0.1,
+    "linear.crop": [0.08, 1.0],
+    "linear.ten_crop": True,
+    "linear.test_from": 26,
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "patches/table1-phi-full": TABLE_1,
     "patches/table1-phi-hard": TABLE_1 | {"classify.model.name": "phi_hard"},
@@ -282,6 +296,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "imagenet-200": IMAGENET | TEACH | {"scan.num_clusters": 200, "scan.batch_size": 1024},
     "lowshot-imagenet-yfcc": LOW_SHOT,
     "imagenet-evaluate": EVALUATE,
+    "sela/linear-layers": LAYERS,
     "imagenet": IMAGENET | {"scan.num_clusters": 1000, "scan.batch_size": 4096},
 }
 

@@ -54,6 +54,7 @@ LEVELS = {
             "report_classes",
             "report_classify",
             "report_labelled",
+            "report_layers",
             "report_dimension",
             "report_published",
             "report_results",

@@ -1,8 +1,8 @@
-"""Linear classifiers on a backbone's features: frozen (a linear probe) or trained with it."""
+"""Linear classifiers on a backbone's features, or on its maps: frozen or trained with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from selfsup_ray import collectives
 from selfsup_ray.artifacts import Array
 from selfsup_ray.models.backbones import Backbone, seeded
+from selfsup_ray.models.layer_maps import MapProbe
 from selfsup_ray.models.norm import SyncNorm, set_batch_norm
 from selfsup_ray.models.objective import Metrics, Objective, at_least_float32, full_precision
 
@@ -29,11 +30,11 @@ class Measured(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, positions: Array) -> Tensor:
-        """Return what `view` takes of these positions, on the CPU."""
+        """Return what `views` takes of these positions, on the CPU."""
         ...
 
-    def view(self, batch: Tensor) -> Tensor:
-        """Return the network's input, on the device of the batch."""
+    def views(self, batch: Tensor) -> Iterable[Tensor]:
+        """Return the network's inputs, on the device of the batch; their logits are averaged."""
         ...
 
 
@@ -45,8 +46,10 @@ class BackboneClassifier(Objective):
     SGD without weight decay is the same as multiplying its learning rate: several rates are tried
     on the features of one forward pass. start: weights N(0, 0.01) (contrastive probes' convention)
     or zero (SimCLR); biases are zero. A frozen backbone stays in evaluation mode; that of a trained
-    one is normalised over all ranks. measured: name -> images whose accuracy is measured after
-    every `every` epochs and after the last.
+    one is normalised over all ranks. layers: {name: (channels, side)} of the maps that a frozen
+    backbone returns, for one classifier on each in place of `factors`; trained side by side they
+    are what each would be alone. measured: name -> images whose accuracy is measured after every
+    `every` epochs, from epoch `first` on, counted from 0, and after the last.
     """
 
     labels: Tensor
@@ -61,11 +64,13 @@ class BackboneClassifier(Objective):
         num_classes: int,
         frozen: bool = True,
         factors: Mapping[str, float] | None = None,
+        layers: Mapping[str, tuple[int, int]] | None = None,
         start: Literal["normal", "zero"] = "normal",
         seed: int = 0,
         measured: Mapping[str, Measured] | None = None,
         epochs: int = 1,
         every: int = 1,
+        first: int = 0,
         precision: str = "float32",
     ) -> None:
         super().__init__()
@@ -73,9 +78,15 @@ class BackboneClassifier(Objective):
         self.frozen = frozen
         self.factors = dict(factors or {"": 1.0})
         self.measured, self.epochs, self.every = dict(measured or {}), epochs, every
-        self.precision = precision
+        self.first, self.precision = first, precision
         with seeded(seed):
-            self.heads = nn.ModuleList(_head(dim, num_classes, start) for _ in self.factors)
+            if layers:
+                self.factors = {f"_{name}": 1.0 for name in layers}
+                made = [MapProbe(*shape, num_classes) for shape in layers.values()]
+                self.heads = nn.ModuleList(made)
+                set_batch_norm(self.heads, SyncNorm())
+            else:
+                self.heads = nn.ModuleList(_head(dim, num_classes, start) for _ in self.factors)
         self.register_buffer("labels", labels, persistent=False)
         # Of the images that were measured last, by set, classifier and class.
         shape = (len(self.measured), len(self.factors), num_classes)
@@ -93,9 +104,10 @@ class BackboneClassifier(Objective):
     def logits(self, view: Tensor) -> list[Tensor]:
         """Return the logits (B, C) of every classifier."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone(view)
-        with full_precision(features):
-            return [head(at_least_float32(features)) for head in self.heads]
+            found = self.backbone(view)
+        features = found if isinstance(found, list) else [found] * len(self.heads)
+        with full_precision(features[0]):
+            return [head(at_least_float32(x)) for head, x in zip(self.heads, features, strict=True)]
 
     def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
         """Return the sum of the classifiers' mean cross-entropies over the labelled images."""
@@ -117,7 +129,7 @@ class BackboneClassifier(Objective):
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Return `{set}_accuracy{classifier}` when it is time to measure."""
-        if (epoch + 1) % self.every and epoch + 1 != self.epochs:
+        if (epoch < self.first or (epoch + 1) % self.every) and epoch + 1 != self.epochs:
             return {}
         found = {}
         for i, (name, images) in enumerate(self.measured.items()):
@@ -139,10 +151,15 @@ class BackboneClassifier(Objective):
         for start in range(0, len(mine), TESTED_AT_ONCE):
             positions = mine[start : start + TESTED_AT_ONCE]
             label = torch.from_numpy(images.labels[positions]).to(device)
-            view = images.view(images.read(positions).to(device))
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                logits = self.logits(view)
-            for i, one in enumerate(logits):
+            total: list[Tensor] | None = None
+            for view in images.views(images.read(positions).to(device)):
+                with torch.autocast(device.type, torch.bfloat16, self.precision == "bfloat16"):
+                    logits = self.logits(view)
+                total = (
+                    logits if total is None else [a + b for a, b in zip(total, logits, strict=True)]
+                )
+            assert total is not None, "no view of an image"
+            for i, one in enumerate(total):  # the largest sum is the largest mean
                 right = label[one.argmax(dim=1) == label]
                 hits[i] += torch.bincount(right, minlength=hits.shape[1])
         self.train(before)

@@ -6,7 +6,7 @@ is split or ordered does not matter. Numbers are drawn on the CPU, so that no GP
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
@@ -196,10 +196,42 @@ def center(
     images: (B, 3, S, S) uint8. The central square of round(share * S) pixels is resized to size
     (antialiased bilinear); 0.875 is ImageNet's usual 224 of 256.
     """
+    return _square(images, (0.5, 0.5), size=size, mean=mean, std=std, share=share)
+
+
+def ten_crops(
+    images: Tensor,
+    *,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    share: float,
+) -> Iterator[Tensor]:
+    """Yield the square in the middle and those in the four corners, each and its mirror image.
+
+    Arguments and views as of `center` (Krizhevsky et al. 2012: 224 of 256 pixels, so 0.875).
+    """
+    for place in ((0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
+        view = _square(images, place, size=size, mean=mean, std=std, share=share)
+        yield view
+        yield view.flip(-1)
+
+
+def _square(
+    images: Tensor,
+    place: tuple[float, float],
+    *,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    share: float,
+) -> Tensor:
+    """Return the normalised square at a place, from (0, 0), the upper left, to (1, 1)."""
     _check(images)
-    middle = torch.full((len(images), 2), 0.5, dtype=torch.float64)
-    boxes = square_boxes(middle, side=images.shape[-1], share=share)
-    view = resized(images, boxes, size=size)
+    side = images.shape[-1]
+    # Just below 1: at 1 a random number, which never is, would choose one place too many.
+    places = torch.tensor(place, dtype=torch.float64).clamp_max(1 - 2**-40).expand(len(images), 2)
+    view = resized(images, square_boxes(places, side=side, share=share), size=size)
     scale, shift = _scale_shift(view, mean=mean, std=std)
     return view.mul_(scale).add_(shift)
 

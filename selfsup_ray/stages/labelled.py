@@ -18,11 +18,13 @@ from selfsup_ray.models.backbones import build_backbone
 from selfsup_ray.models.clusterer import save_clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.models.inputs import ImageInput
+from selfsup_ray.models.layer_maps import LayerMaps, map_shapes
 from selfsup_ray.models.probe import BackboneClassifier, factors_of
+from selfsup_ray.models.weights import write_weights
 from selfsup_ray.ops.metrics import wilson
 from selfsup_ray.stages.classify_results import accuracies
 from selfsup_ray.stages.embed import Embeddings
-from selfsup_ray.stages.labelled_config import FinetuneConfig, LinearConfig
+from selfsup_ray.stages.labelled_config import FinetuneConfig, LayersLinear, LinearConfig
 from selfsup_ray.stages.labelled_data import (
     AugmentedImages,
     LabelledIds,
@@ -55,6 +57,8 @@ class LabelledPlan:
     num_classes: int
     origin: Literal["frozen", "pretrained", "scratch"]
     features: Embeddings | None = None
+    layers: dict[str, tuple[int, int]] | None = None
+    """Of `layers_of`."""
 
     @property
     def images(self) -> ImageInput:
@@ -82,11 +86,24 @@ class LabelledPlan:
             made = build_backbone(self.encoder.description.backbone, seed=self.config.seed)
         else:
             made = self.encoder.backbone()
-        return made, made.dim
+        return (made if self.layers is None else LayerMaps(made)), made.dim
 
     def labelled(self, ids: Any) -> LabelledImages:
         """Return labelled images of these ids."""
         return LabelledImages(self.rows(), ids, self.corpus.labels(ids))
+
+
+def layers_of(
+    encoder: Encoder, config: LinearConfig | FinetuneConfig
+) -> dict[str, tuple[int, int]] | None:
+    """Return the shapes of the maps that are classified, by layer; None: the features are.
+
+    Raises ConfigError for an encoder without such layers.
+    """
+    if not isinstance(config, LayersLinear):
+        return None
+    images = encoder.description.images
+    return map_shapes(encoder.description.backbone, images.view_size or images.image_size)
 
 
 def build_labelled(plan: LabelledPlan) -> tuple[BackboneClassifier, LabelledImages, MakeViews]:
@@ -103,11 +120,13 @@ def build_labelled(plan: LabelledPlan) -> tuple[BackboneClassifier, LabelledImag
         num_classes=plan.num_classes,
         frozen=plan.origin == "frozen",
         factors=plan.factors,
+        layers=plan.layers,
         start=config.start,
         seed=config.seed,
         measured=measured,
         epochs=config.epochs,
         every=config.test_every,
+        first=config.test_from if isinstance(config, LayersLinear) else 0,
         precision=config.precision,
     )
     return objective, train, train.rows.make_views
@@ -134,7 +153,11 @@ def labelled_training(
     if plan.origin == "frozen":
         require_unchanged(objective.backbone, plan.backbone()[0])
     result = labelled_result(objective, state["history"])
-    if plan.features is None:
+    if plan.layers is not None:
+        result = by_layer(result, len(plan.ids.test))
+        heads = zip(result["layers"], objective.heads, strict=True)
+        write_weights(out / "probes.safetensors", {f"{name}.": head for name, head in heads})
+    elif plan.features is None:
         head = objective.head(str(result["classifier"]))
         save_clusterer(out, backbone=objective.encoder(), head=head, images=plan.images)
     write_json(out / RESULT, result)
@@ -158,13 +181,14 @@ def labelled_result(objective: BackboneClassifier, history: Sequence[Record]) ->
 
     last_accuracy: test accuracy after the last epoch, with a 95 % interval; max_accuracy: the
     largest over the epochs, which the test images choose and which is therefore optimistic;
-    chosen_accuracy: of the epoch that validation images choose. Of several learning rates the one
-    whose last epoch validation images like best. per_class: of the last epoch.
+    chosen_accuracy: of the epoch that validation images choose. Of several learning rates or layers
+    the one whose last epoch validation images like best, or without them the last layer. per_class:
+    of the last epoch.
     """
-    curve = [_point(record) for record in history if "test_accuracy" in _heads(record)]
+    curve = [_point(record) for record in history if any(map(_is_test, record))]
     tried = {name: accuracies(curve, name) for name in objective.factors}
-    name = next(iter(tried))
-    if len(tried) > 1:
+    name = list(tried)[-1]
+    if "validation" in objective.measured:
         name = max(tried, key=lambda one: curve[-1][f"validation_accuracy{one}"])
     last = tried[name]["last_accuracy"]
     return {
@@ -178,8 +202,20 @@ def labelled_result(objective: BackboneClassifier, history: Sequence[Record]) ->
     }
 
 
-def _heads(record: Mapping[str, float]) -> set[str]:
-    return {key.partition("_lr")[0] for key in record}
+def by_layer(result: Mapping[str, Any], num_test: int) -> dict[str, Any]:
+    """Return the numbers of a training of layers: `layers` has those of each, by name."""
+    last, layers = result["curve"][-1], {}
+    for name, found in result["tried"].items():
+        layers[name.removeprefix("_")] = {
+            **found,
+            "interval": list(wilson(found["last_accuracy"], num_test)),
+            "train_accuracy": last[f"train_accuracy{name}"],
+        }
+    return {**result, "layers": layers, "tried": {}}
+
+
+def _is_test(key: str) -> bool:
+    return key.startswith("test_accuracy")
 
 
 def _point(record: Record) -> dict[str, float]:
@@ -189,4 +225,6 @@ def _point(record: Record) -> dict[str, float]:
 
 def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the single numbers of a result, for MLflow and the stage's stamp."""
-    return {key: v for key, v in result.items() if isinstance(v, int | float)}
+    single = {key: v for key, v in result.items() if isinstance(v, int | float)}
+    layers = result.get("layers", {})
+    return single | {f"last_accuracy_{name}": one["last_accuracy"] for name, one in layers.items()}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selfsup_ray.config import Positive, PositiveFloat, Share, config
+from selfsup_ray.config import NonNegative, Positive, PositiveFloat, Share, config
 from selfsup_ray.data.views import AreaRange, PositiveShare
 from selfsup_ray.optim import CosineSchedule, OptimConfig, ScheduleConfig, SGDConfig, StepSchedule
 from selfsup_ray.stages.lowshot_config import HeldOutConfig, HeldOutShare
@@ -134,8 +134,44 @@ class BYOLLinear(LinearConfig):
     schedule: ScheduleConfig = CosineSchedule()
 
 
+@config
+class LayersLinear(LinearConfig):
+    """One probe for each layer of an AlexNet or a ResNet, all at once (SeLa's for ImageNet).
+
+    Each classifier sees the whole pooled map of its layer, normalised by channel.
+    """
+
+    name: Literal["layers"] = "layers"
+    epochs: Positive = 36
+    batch_size: Positive = 192
+    optim: OptimConfig = SGDConfig(lr=0.01, momentum=0.9, weight_decay=1e-5)
+    schedule: ScheduleConfig = StepSchedule(milestones=(10, 20, 30), rate=0.1)
+    center: PositiveShare | None = 0.875
+    """Side of the squares that are tested on, as a share of the stored side; None: as the encoder
+    embeds."""
+    ten_crop: bool = True
+    """Test on ten squares, the middle and the corners and their mirror images, by the mean of their
+    logits; or on the middle alone."""
+    test_from: NonNegative = 26
+    """Epoch, counted from 0, from which the accuracy is measured."""
+
+    def __post_init__(self) -> None:
+        if self.features == "embeddings":
+            raise ValueError(
+                "name=layers looks at maps inside the encoder, and features=embeddings stores only "
+                "its output: set features=views, or choose another name"
+            )
+        if self.lrs:
+            raise ValueError(
+                "name=layers trains all layers at one rate: set optim.lr, or sweep over it"
+            )
+        if self.start != "normal":
+            raise ValueError("name=layers starts from Xavier's weights: leave start out")
+
+
 LinearProtocol = Annotated[
-    CifarLinear | SimCLRCifarLinear | MoCoLinear | BYOLLinear, Field(discriminator="name")
+    CifarLinear | SimCLRCifarLinear | MoCoLinear | BYOLLinear | LayersLinear,
+    Field(discriminator="name"),
 ]
 """The protocols of `linear`, told apart by `name`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,12 +16,14 @@ from selfsup_ray.data.views import StandardViews, Views
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.encoder import evaluation_view
 from selfsup_ray.models.inputs import ImageInput
+from selfsup_ray.ops.augment import ten_crops
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.stages.labelled_config import (
     AllLabels,
     CountOfLabels,
     LabelBudget,
     LabelledConfig,
+    LayersLinear,
     ShareOfLabels,
 )
 from selfsup_ray.stages.lowshot_data import held_out
@@ -111,8 +114,8 @@ class Rows(Protocol):
         """Return the images (n, 3, S, S) uint8, or the rows (n, d), of these ids."""
         ...
 
-    def view(self, batch: Tensor) -> Tensor:
-        """Return what the network takes when it is tested."""
+    def views(self, batch: Tensor) -> Iterable[Tensor]:
+        """Return what the network takes, one after the other, when it is tested."""
         ...
 
     def make_views(self, batches: list[Tensor], ids: Tensor, epoch: int) -> list[Tensor]:
@@ -132,9 +135,18 @@ class AugmentedImages:
         """Return the stored images."""
         return self.corpus.images(ids)
 
-    def view(self, batch: Tensor) -> Tensor:
-        """Return the evaluation view."""
-        return evaluation_view(batch, self.images)
+    def views(self, batch: Tensor) -> Iterable[Tensor]:
+        """Return the evaluation view, or ten."""
+        if not (isinstance(self.config, LayersLinear) and self.config.ten_crop):
+            return [evaluation_view(batch, self.images)]
+        images = self.images
+        return ten_crops(
+            batch,
+            size=images.view_size or images.image_size,
+            mean=images.mean,
+            std=images.std,
+            share=images.share,
+        )
 
     def make_views(self, batches: list[Tensor], ids: Tensor, epoch: int) -> list[Tensor]:
         """Return one random view."""
@@ -162,9 +174,9 @@ class StoredRows:
         scale = np.float32(np.sqrt(self.array.shape[1]))
         return torch.from_numpy(np.asarray(self.array.rows(ids), np.float32) * scale)
 
-    def view(self, batch: Tensor) -> Tensor:
+    def views(self, batch: Tensor) -> Iterable[Tensor]:
         """Return them as they are."""
-        return batch
+        return [batch]
 
     def make_views(self, batches: list[Tensor], ids: Tensor, epoch: int) -> list[Tensor]:
         """Return them as they are."""
@@ -183,9 +195,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def view(self, batch: Tensor) -> Tensor:
-        """Return the network's input to a test."""
-        return self.rows.view(batch)
+    def views(self, batch: Tensor) -> Iterable[Tensor]:
+        """Return the network's inputs to a test."""
+        return self.rows.views(batch)
 
     def read(self, positions: Array) -> Tensor:
         """Return images or rows at these positions."""

@@ -17,7 +17,7 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.stages.embed import Embeddings
-from selfsup_ray.stages.labelled import LabelledPlan, labelled_training, numbers_of
+from selfsup_ray.stages.labelled import LabelledPlan, labelled_training, layers_of, numbers_of
 from selfsup_ray.stages.labelled_config import LinearConfig
 from selfsup_ray.stages.labelled_data import labelled_ids
 from selfsup_ray.storage import located
@@ -72,13 +72,14 @@ def linear(
     """Train a linear classifier on the frozen encoder and return its accuracy on held-out images.
 
     features: the encoder's embeddings, for config.features=embeddings. Raises ConfigError before
-    any work when labels and batch do not suffice, TrainingError when the encoder changes.
+    any work when labels and batch do not suffice or the encoder has no layers to probe,
+    TrainingError when the encoder changes.
     """
     out, began = located(out), time.monotonic()
     if config.features == "embeddings" and features is None:
         raise ConfigError("linear.features=embeddings needs embeddings: add the key `embed: {}`.")
     features = features if config.features == "embeddings" else None
-    ids = labelled_ids(corpus, config, stage="linear")
+    ids, layers = labelled_ids(corpus, config, stage="linear"), layers_of(encoder, config)
     inputs = {"corpus": corpus.fingerprint, "encoder": encoder.fingerprint}
     if features is not None:
         inputs["features"] = features.fingerprint
@@ -86,7 +87,7 @@ def linear(
         log.info("linear: %s is current", out)
         return Linear.open(out)
     num_classes = int(corpus.labels().max()) + 1
-    plan = LabelledPlan(corpus, encoder, config, ids, num_classes, "frozen", features)
+    plan = LabelledPlan(corpus, encoder, config, ids, num_classes, "frozen", features, layers)
     result = labelled_training(plan, stage="linear", out=out, tracker=tracker)
     counts = {"num_classes": num_classes, "num_train": len(ids.train), "num_test": len(ids.test)}
     write_json(out / "metrics.json", result | counts | {"num_validation": len(ids.validation)})
