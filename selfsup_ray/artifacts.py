@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from selfsup_ray.config import flatten, parse_yaml, to_dict
+from selfsup_ray.config import flatten, parse_yaml, to_dict, unset_keys
 from selfsup_ray.credentials import require_no_credentials
 from selfsup_ray.errors import ArtifactError, UserError, unless_storage
 from selfsup_ray.storage import Copies, StoredPath, located, names_in, publish_below, stored
@@ -256,7 +256,7 @@ def begin(out: Path, *, stage: str, config: Any, inputs: Mapping[str, str]) -> b
         write_text(path, yaml.safe_dump(wanted, sort_keys=False))
         write_json(out / "versions.json", versions())
         return False
-    require_same(out, wanted, read_claim(path))
+    require_same(out, wanted, read_claim(path), unset=unset_keys(config))
     return (out / "done.json").exists()
 
 
@@ -278,16 +278,25 @@ def progress(out: Path, *, stage: str, config: Any) -> Progress:
         return Progress("absent", {})
     stored = read_claim(path)
     wanted = {"stage": stage, "config": to_dict(config), "inputs": stored["inputs"]}
-    require_same(out, wanted, stored)
+    require_same(out, wanted, stored, unset=unset_keys(config))
     return Progress("finished" if (out / "done.json").exists() else "unfinished", stored["inputs"])
 
 
-def require_same(out: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Raise ArtifactError unless the folder was made with this stage, config and inputs."""
+def require_same(
+    out: Path,
+    wanted: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    *,
+    unset: frozenset[str] = frozenset(),
+) -> None:
+    """Raise ArtifactError unless the folder was made with this stage, config and inputs.
+
+    unset: keys of the config at their default: a folder older than such a key was made so.
+    """
     asked, has = flatten(_comparable(wanted)), flatten(_comparable(stored))
     for key in sorted(asked.keys() | has.keys()):
         new, old = asked.get(key, "nothing"), has.get(key, "nothing")
-        if new == old:
+        if new == old or (key not in has and key.removeprefix("config.") in unset):
             continue
         if key.startswith("inputs."):
             what = f"another {key.removeprefix('inputs.')} ({str(old)[:12]}, now {str(new)[:12]})"

@@ -233,6 +233,22 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unset_keys(config: Any) -> frozenset[str]:
+    """Return the dotted keys of a config that have their default value."""
+    found: set[str] = set()
+    if not dataclasses.is_dataclass(config):
+        return frozenset()
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value == default:
+            found |= flatten({field.name: to_dict(value)}).keys()
+        else:
+            found |= {f"{field.name}.{key}" for key in unset_keys(value)}
+    return frozenset(found)
+
+
 def explain(error: ValidationError, *, cls: type, prefix: str) -> str:
     """Return the first problem of a pydantic error as one sentence with its dotted key."""
     problem = error.errors()[0]

@@ -165,6 +165,19 @@ def test_a_folder_is_claimed_then_current_and_stays_so_for_other_resources(tmp_p
     assert read_config(tmp_path / "g")["k"] == 7
 
 
+def test_a_folder_from_before_a_key_was_there_is_current_at_the_default_of_the_key(tmp_path: Path):
+    made = GraphLike(k=7)
+    claim(tmp_path / "g", made, embeddings="abc")
+    stamp(tmp_path / "g", made, embeddings="abc")
+    path = tmp_path / "g" / "config.yaml"
+    path.write_text(path.read_text().replace("  rate: 1.0e-05\n", ""))
+    assert "rate" not in read_config(tmp_path / "g")
+    assert claim(tmp_path / "g", made, embeddings="abc") is True
+    assert progress(tmp_path / "g", stage="graph", config=made).state == "finished"
+    with pytest.raises(ArtifactError, match=r"graph\.rate='nothing', but this run asks for 0\.1"):
+        claim(tmp_path / "g", override(made, {"rate": 0.1}), embeddings="abc")
+
+
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_a_changed_config_is_an_error_that_names_both_values(tmp_path: Path, is_finished: bool):
     claim(tmp_path / "g", GraphLike(k=20), embeddings="abc")
