@@ -312,10 +312,10 @@ def _require_enough(experiment: Experiment, n: int) -> None:
                 f"Lower it to {n} or less."
             )
     _require_patches(experiment, n)
-    if experiment.graph is not None and experiment.graph.k >= n:
+    if experiment.scan is not None and experiment.scan.num_neighbors >= n:
         raise ConfigError(
-            f"graph.k={experiment.graph.k}, but there are only {n:,} images, each with "
-            f"{max(n - 1, 0):,} others. Lower it."
+            f"scan.num_neighbors={experiment.scan.num_neighbors}, but there are only {n:,} images, "
+            f"each with {max(n - 1, 0):,} others. Lower it."
         )
 
 

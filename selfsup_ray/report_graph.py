@@ -120,9 +120,9 @@ def outliers_section(run: Run) -> Section | str:
     graph, corpus = run.graph, run.corpus
     if graph is None or corpus is None:
         return "No outliers: the stage graph has not finished in this run."
-    found = outliers(graph)
-    if not len(found.ids):
+    if not len(graph) or not graph.k:
         return "No outliers: the graph is empty."
+    found = outliers(graph)
     text = (
         f"The images that are least like any other: their neighbor number {graph.k} has a "
         f"similarity of {found.scores.min():.3f} to {found.scores.max():.3f}. Broken or foreign "
@@ -137,7 +137,7 @@ def hubs_section(run: Run) -> Section | str:
     graph, corpus = run.graph, run.corpus
     if graph is None or corpus is None:
         return "No hubs: the stage graph has not finished in this run."
-    if not len(graph):
+    if not len(graph) or not graph.k:
         return "No hubs: the graph is empty."
     found = in_degrees(graph)
     most = found.hubs.scores.max()

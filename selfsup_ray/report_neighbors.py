@@ -143,7 +143,7 @@ def outliers(graph: Graph) -> Extremes:
     """
     found = NONE
     for first, ids, similarity in pieces(graph):
-        last = np.where(ids >= 0, similarity, np.inf).min(axis=1)
+        last = np.where(ids >= 0, similarity, np.inf).min(axis=1, initial=np.inf)
         last = np.where(np.isfinite(last), last, -1.0)
         found = found.merged(np.arange(first, first + len(ids)), -last.astype(np.float64))
     return Extremes(found.ids, -found.scores)
@@ -184,7 +184,7 @@ def _threshold(graph: Graph, is_copy: SameFile | None) -> float:
             row, column = np.nonzero(counted & (similarity > 1 - 1e-4))
             copies = is_copy(first + row, ids[row, column].astype(np.int64))
             counted[row[copies], column[copies]] = False
-        nearest = np.where(counted, similarity, -np.inf).max(axis=1)
+        nearest = np.where(counted, similarity, -np.inf).max(axis=1, initial=-np.inf)
         nearest = np.maximum(1.0 - nearest[np.isfinite(nearest)].astype(np.float64), 0.0)
         counts += np.histogram(nearest, edges)[0]
     reached = np.flatnonzero(np.cumsum(counts) >= max(NEAR_IMAGES, NEAR_SHARE * counts.sum()))

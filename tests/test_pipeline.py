@@ -211,7 +211,10 @@ def test_a_mistake_between_stages_is_found_when_the_config_is_made(
     ("changes", "says"),
     [
         ({"pretext.batch_size": 41}, r"pretext.batch_size=41, but there are only 40 images"),
-        ({"graph.k": 40}, r"graph.k=40, but there are only 40 images"),
+        (
+            {"graph.k": 40, "scan.num_neighbors": 40},
+            r"scan.num_neighbors=40, but there are only 40 images, each with 39 others",
+        ),
         ({"ingest.source": "nowhere"}, "There is no source nowhere"),
     ],
 )

@@ -58,7 +58,7 @@ class GraphConfig:
     """How the kNN graph is built."""
 
     k: Positive = 20
-    """Neighbors kept per image, the image itself excluded."""
+    """Neighbors kept per image, the image itself excluded; all others, where there are fewer."""
     method: GraphMethod = ExactConfig()
     """`exact` compares every pair of images; `cells` is the fast way above about 50,000; `ivf`
     and `hnsw` search a faiss index that also serves later queries."""
@@ -105,7 +105,7 @@ class Graph:
 
     @property
     def k(self) -> int:
-        """Neighbors per image."""
+        """Neighbors per image; N - 1 where the config asks for more, 0 for a single image."""
         return self.ids.shape[1]
 
     @property
@@ -162,18 +162,22 @@ def build_graph(
     """Build the kNN graph of all images and measure its recall; return the handle.
 
     features: the embeddings, unit rows. labels are only used to report the neighbor accuracy.
-    Shards that an interrupted run wrote are kept. Raises ConfigError when k is not below the
-    number of images or the recall is below `min_recall`.
+    Shards that an interrupted run wrote are kept. With k or fewer images every list holds all
+    others. Raises ConfigError when there is no image or the recall is below `min_recall`.
     """
     config, out, began = config or GraphConfig(), located(out), time.monotonic()
     array = features.array
     known = None if labels is None else label_array(labels)
-    _require_inputs(config.k, len(array), known)
+    _require_inputs(len(array), known)
     inputs = {"features": features.fingerprint}
     if begin(out, stage="graph", config=config, inputs=inputs):
         log.info("graph: %s is current", out)
         return Graph.open(out)
-    ids = _search(array, config, out)
+    k = min(config.k, len(array) - 1)
+    if k < config.k:
+        text = "graph: %d images have %d others each, fewer than graph.k=%d: lists hold them all"
+        log.warning(text, len(array), k, config.k)
+    ids = _search(array, config, out, k=k)
     facts = measure_recall(array, ids, sample=config.recall_sample, seed=config.seed)
     if facts["recall"] < config.min_recall:
         raise ConfigError(
@@ -189,25 +193,27 @@ def build_graph(
     remove_work(out)
     n, checked = f"{len(array):,}", f"{facts['recall_sample']:,}"
     text = "graph: %s images, k=%d, recall %.4f (%s sampled), %.1f s"
-    log.info(text, n, config.k, facts["recall"], checked, seconds)
+    log.info(text, n, k, facts["recall"], checked, seconds)
     return Graph.open(out)
 
 
-def _require_inputs(k: int, n: int, labels: Array | None) -> None:
-    if k >= n:
-        raise ConfigError(
-            f"`graph.k` is {k}, but the corpus has {n} image{'s' * (n != 1)}, each with "
-            f"{max(0, n - 1)} others. Set graph.k below {n}, or add images."
-        )
+def _require_inputs(n: int, labels: Array | None) -> None:
+    if not n:
+        raise ConfigError("graph: the embeddings have no row. Add images, or leave the stage out.")
     if labels is not None and len(labels) != n:
         raise ConfigError(f"graph: {len(labels):,} labels were given for {n:,} images.")
 
 
-def _search(array: ShardedArray, config: GraphConfig, out: Path) -> ShardedArray:
+def _search(array: ShardedArray, config: GraphConfig, out: Path, *, k: int) -> ShardedArray:
     """Write the shards of ids and similarity that are missing; return the ids."""
-    ids, similarity = _create(array, out, k=config.k)
+    ids, similarity = _create(array, out, k=k)
+    if not k:  # one image: nothing to search
+        for i, rows in enumerate(array.shard_rows):
+            similarity.write_shard(i, np.empty((rows, 0), np.float32))
+            ids.write_shard(i, np.empty((rows, 0), ids.dtype))
+        return ids
     if isinstance(config.method, CellsConfig):
-        cell_graph(array, out, config.k, config.method, config.resources)
+        cell_graph(array, out, k, config.method, config.resources)
         return ids
     with track("graph", len(array), "images") as progress:
         left = {*ids.unwritten(), *similarity.unwritten()}
@@ -241,10 +247,13 @@ def measure_recall(
 
     The true neighbors come from a float64 matrix product over all rows, which shares no code with
     the search. The interval is Wilson's with an image as the unit, since the k entries of one
-    list are not independent; that makes it too wide rather than too narrow.
+    list are not independent; that makes it too wide rather than too narrow. Lists of a single
+    image lack nothing: recall 1.
     """
     n, k, dim = len(array), ids.shape[1], array.shape[1]
     sample = min(sample, n)
+    if not k:
+        return {"recall": 1.0, "recall_interval": [0.0, 1.0], "recall_sample": sample}
     chosen = np.sort(permuted(np.arange(sample), n=n, seed=seed, epoch=0))
     queries, listed = array.rows(chosen), ids.rows(chosen)
     best = best_products(queries, _row_blocks(array), k=k, own=chosen)

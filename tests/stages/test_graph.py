@@ -11,8 +11,11 @@ from sklearn.neighbors import NearestNeighbors
 from selfsup_ray.artifacts import ShardedArray, begin, finish
 from selfsup_ray.config import Resources, build
 from selfsup_ray.errors import ArtifactError, ConfigError
+from selfsup_ray.report_neighbors import in_degrees, near_duplicates, outliers
+from selfsup_ray.stages.diffuse import DiffuseConfig, diffuse
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.graph import Graph, GraphConfig, build_graph, measure_recall
+from selfsup_ray.stages.interop import export_graph, to_csr, to_opentsne, to_scikit_learn, to_umap
 from selfsup_ray.tracking import open_run
 
 HERE = Resources(workers=0)
@@ -173,18 +176,56 @@ def test_other_embeddings_in_the_same_folder_are_an_error(tmp_path: Path, featur
         build_graph(others, GraphConfig(resources=HERE), out=tmp_path / "graph")
 
 
-@pytest.mark.parametrize(("n", "others"), [(1, "1 image, each with 0 others"), (5, "5 images")])
-def test_too_few_images_for_k_are_an_error_before_any_work(tmp_path: Path, n: int, others: str):
-    features = embeddings(tmp_path / "embed", unit_rows(n), shard_rows=[n])
-    with pytest.raises(ConfigError, match=f"`graph.k` is 5, but the corpus has {others}"):
+SMALL_METHODS = [
+    {"name": "exact"},
+    {"name": "cells"},
+    {"name": "cells", "by": "cell"},
+    {"name": "ivf"},
+    {"name": "hnsw"},
+]
+
+
+@pytest.mark.parametrize("method", SMALL_METHODS, ids=lambda m: "-".join(m.values()))
+@pytest.mark.parametrize("n", [1, 2, 5, 6])
+def test_with_few_images_every_list_holds_all_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, n: int, method: dict[str, str]
+):
+    rows = unit_rows(n)
+    cut = [n - n // 3, n // 3] if n // 3 else [n]
+    features = embeddings(tmp_path / "embed", rows, shard_rows=cut)
+    config = build(GraphConfig, {"k": 5, "method": method, "resources": {"workers": 0}})
+    graph = build_graph(features, config, out=tmp_path / "graph", labels=np.zeros(n, int))
+    truth = rows.astype(np.float64) @ rows.T
+    np.fill_diagonal(truth, -np.inf)
+    wanted = np.argsort(-truth, axis=1)[:, : n - 1]
+    np.testing.assert_array_equal(np.asarray(graph.ids), wanted)
+    assert (len(graph), graph.k, graph.recall) == (n, n - 1, 1.0)
+    assert (f"{n} images have {n - 1} others each, fewer than graph.k=5" in caplog.text) == (n < 6)
+    csr = to_csr(graph).toarray()
+    np.testing.assert_allclose(csr, np.where(np.isinf(truth), 0, truth), atol=1e-6)
+    again = build_graph(features, config, out=tmp_path / "graph")
+    assert again.fingerprint == graph.fingerprint
+
+
+def test_the_graph_of_one_image_is_read_by_everything_that_reads_graphs(tmp_path: Path):
+    features = embeddings(tmp_path / "embed", unit_rows(1), shard_rows=[1])
+    graph = build_graph(features, GraphConfig(resources=HERE), out=tmp_path / "graph")
+    assert to_scikit_learn(graph).shape == to_csr(graph).shape == (1, 1)
+    assert to_umap(graph)[0].tolist() == [[0]] and to_opentsne(graph)[0].shape == (1, 0)
+    ids, _ = export_graph(graph, tmp_path, format="int32")
+    assert np.fromfile(ids, "<i4").tolist() == [0]
+    assert len(near_duplicates(graph, None).pairs) == 0
+    assert (outliers(graph).scores.tolist(), in_degrees(graph).mean) == ([-1.0], 0.0)
+    for mode in ("classes", "rows"):
+        found = diffuse(graph, [3], DiffuseConfig(mode=mode), out=tmp_path / mode)
+        assert np.asarray(found.predictions).tolist() == [3]
+
+
+def test_a_graph_of_no_image_is_an_error_before_any_work(tmp_path: Path):
+    features = embeddings(tmp_path / "embed", unit_rows(1)[:0], shard_rows=[0])
+    with pytest.raises(ConfigError, match="the embeddings have no row"):
         build_graph(features, GraphConfig(k=5, resources=HERE), out=tmp_path / "graph")
     assert not (tmp_path / "graph").exists()
-
-
-def test_every_image_may_list_all_others(tmp_path: Path):
-    features = embeddings(tmp_path / "embed", unit_rows(6), shard_rows=[4, 2])
-    graph = build_graph(features, GraphConfig(k=5, resources=HERE), out=tmp_path / "graph")
-    assert [sorted([i, *row]) for i, row in enumerate(np.asarray(graph.ids))] == [[*range(6)]] * 6
 
 
 def test_duplicates_list_each_other_and_never_themselves(tmp_path: Path):
