@@ -1,10 +1,15 @@
 """Cells are k-means cells numbered by nearness; the join's kernels select what sorting does."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from selfsup_ray.ops.celljoin import Cells, join, near_cells
+from selfsup_ray.ops.celljoin_blocks import join_blocks
 from selfsup_ray.ops.cells import assign_cells, fit_cells, in_near_order, largest_column
 from selfsup_ray.ops.equal_rows import Followers, expand, leaders_first
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, pair_similarity
@@ -140,14 +145,27 @@ def test_settled_lists_are_sorted_by_the_similarity_the_project_defines(parts: l
         np.testing.assert_array_equal(values[i].astype(np.float32), exact[i][best])
 
 
-def test_the_join_of_all_cells_is_exact_search():
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [
+        join,
+        partial(join_blocks, device="cpu"),
+        pytest.param(
+            partial(join_blocks, device="cuda"), marks=[pytest.mark.gpu, NO_GPU], id="cuda"
+        ),
+    ],
+)
+def test_the_join_of_all_cells_is_exact_search(joined: Callable[..., Any]):
     rows = unit_rows(400)
     tree = fit_cells(rows, num_cells=10)
     own = assign_cells(rows, tree)
     order = np.argsort(own, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(own, minlength=10))])
     cells = Cells(tree.centers, starts, starts[1:], rows[order], order)
-    found, lacking = join(cells, 0, 400, k=5, probes=10, keep=40)
+    found, lacking = joined(cells, 0, 400, k=5, probes=10, keep=40)
     assert not len(lacking)
     best = exact_topk(rows[order], rows, k=6)
     np.testing.assert_array_equal(order[found.ids], best.ids[:, 1:])

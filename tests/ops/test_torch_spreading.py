@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from selfsup_ray.artifacts import ShardedArray
 from selfsup_ray.ops import adjacency
@@ -23,6 +24,8 @@ from selfsup_ray.ops.spreading import Variant
 from selfsup_ray.ops.torch_spreading import TorchSpread
 
 N, C = 900, 37
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def lists(n: int = N, k: int = 7, seed: int = 0) -> np.ndarray:
@@ -134,11 +137,14 @@ def test_torch_and_numpy_are_all_that_diffusion_needs():
     ids=str,
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02)])
-def test_torch_takes_the_same_steps_as_the_kernels(variant: Variant, dtype: Any, tolerance: float):
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_takes_the_same_steps_as_the_kernels(
+    variant: Variant, dtype: Any, tolerance: float, device: str
+):
     graph, near = build_adjacency(Links(lists())), lists(60, seed=3)
     how: dict[str, Any] = {"dtype": dtype, "variant": variant}
     fast = CpuSpread(graph, seeds(), 2, C, threads=1, **how)
-    slow = TorchSpread(graph, seeds(), 2, C, device="cpu", **how)
+    slow = TorchSpread(graph, seeds(), 2, C, device=device, **how)
     for _ in range(4):
         wanted = fast.sums(near)
         np.testing.assert_allclose(slow.sums(near), wanted, atol=tolerance * wanted.max())
