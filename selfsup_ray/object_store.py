@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,13 @@ REFUSED = (
     "Permission denied",
 )
 """Words of an answer that no further attempt will change."""
+SLOW_S = 0.1
+"""Seconds of a small request from which on, in the mean, the store is called slow: S3 in the same
+region takes 0.01 to 0.03."""
+SLOW_REQUESTS = 25
+"""Requests over which that mean is taken."""
+SAY_EVERY_S = 120.0
+"""Seconds between two warnings that the store is slow."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +168,46 @@ def retried(action: Callable[[], T], *, url: str, doing: str) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
+class Pace:
+    """How long small requests take; says so when that is what a run waits for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds, self._requests = 0.0, 0
+        self._said_at = float("-inf")
+
+    def note(self, seconds: float, url: str) -> None:
+        """Count one request; warn when the last ones were slow."""
+        with self._lock:
+            self._seconds, self._requests = self._seconds + seconds, self._requests + 1
+            if self._requests < SLOW_REQUESTS:
+                return
+            total, count = self._seconds, self._requests
+            self._seconds, self._requests = 0.0, 0
+            if total / count < SLOW_S or time.monotonic() - self._said_at < SAY_EVERY_S:
+                return
+            self._said_at = time.monotonic()
+        log.warning(
+            "The object store is slow: the last %d small requests took %.2f s each, and this run "
+            "waits for them (%s). Run in the bucket's region, or choose a larger "
+            "ingest.shard_size, for fewer requests.",
+            *(count, total / count, url),
+        )
+
+
+_pace = Pace()
+
+
 def version_of(url: str) -> Version | None:
     """Return what the store holds at a URL now; None when there is no such object."""
 
     def ask() -> Version:
-        with filesystem(url).open_input_file(place(url)) as file:
-            return _version(file)
+        began = time.monotonic()
+        try:
+            with filesystem(url).open_input_file(place(url)) as file:
+                return _version(file)
+        finally:
+            _pace.note(time.monotonic() - began, url)
 
     with suppress(FileNotFoundError):
         return retried(ask, url=url, doing="read")

@@ -1,21 +1,11 @@
-"""Object storage: a path that is a URL, its copies in a bounded cache, and a store that fails."""
+"""Object storage: a path that is a URL, and its copies in a bounded cache."""
 
 from __future__ import annotations
 
-import http.client
-import http.server
-import logging
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 
@@ -33,7 +23,7 @@ from selfsup_ray.artifacts import (
 from selfsup_ray.config import build, to_dict
 from selfsup_ray.errors import ConfigError, StorageError
 from selfsup_ray.experiment import Experiment
-from selfsup_ray.object_store import download, version_of
+from selfsup_ray.object_store import version_of
 from selfsup_ray.storage import StoredPath, fetched, located, reached, relative, remove_tree
 from selfsup_ray.tracking import Tracker, read_records
 
@@ -205,169 +195,6 @@ def test_copies_that_were_just_asked_for_are_not_dropped_for_others(
     assert first.read_text()[0] == "1"
     with pytest.raises(StorageError, match="finds no room: the copies in use on this node"):
         second.read_text()
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to the S3 server; `fault` may answer one first, or only take its time."""
-
-    def __init__(self, server: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Pass)
-        self.target = server.removeprefix("http://")
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.seen = list[str]()
-        self.fault: Callable[[str], int] = lambda method: 0
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that are gone."""
-
-
-class _Pass(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def _pass(self) -> None:
-        body = self._body()
-        self.server.seen.append(self.command)
-        code = self.server.fault(self.command)
-        if code:
-            return self._answer(code, {}, b"")
-        connection = http.client.HTTPConnection(self.server.target, timeout=60)
-        dropped = ("expect", "transfer-encoding", "content-length", "connection")
-        headers = {k: v for k, v in self.headers.items() if k.lower() not in dropped}
-        connection.request(self.command, self.path, body, headers)
-        answer = connection.getresponse()
-        self._answer(answer.status, dict(answer.getheaders()), answer.read())
-        connection.close()
-
-    def _body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    def _answer(self, code: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response_only(code)
-        for name, value in headers.items():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
-                self.send_header(name, value)
-        length = headers.get("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", length or str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass  # noqa: N815  names of the library
-
-    def log_message(self, *words: object) -> None:
-        """Be quiet."""
-
-
-@pytest.fixture
-def proxy(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that requests go through."""
-    made = Proxy(s3_server)
-    thread = threading.Thread(target=made.serve_forever, args=(0.05,))
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
-    monkeypatch.setattr(object_store, "FIRST_WAIT_S", 0.01)
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
-
-
-def test_requests_that_fail_are_made_again_and_said(
-    bucket: str, proxy: Proxy, caplog: pytest.LogCaptureFixture
-):
-    codes = [503, 500, 503]
-    proxy.fault = lambda method: codes.pop() if codes else 0
-    with caplog.at_level(logging.WARNING):
-        write_text(located(f"{bucket}/a.txt"), "there")
-    assert codes == [] and "attempt 2 of 7" in caplog.text
-    codes += [503, 503]
-    assert located(f"{bucket}/a.txt").read_text() == "there" and codes == []
-
-
-def test_a_store_that_stays_away_ends_in_one_sentence(
-    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(object_store, "ATTEMPTS", 3)
-    proxy.fault = lambda method: 503
-    with pytest.raises(StorageError, match=r"/a.txt cannot be written: 3 attempts in .* failed"):
-        write_text(located(f"{bucket}/a.txt"), "x")
-    with pytest.raises(StorageError, match="the same command again"):
-        located(f"{bucket}/a.txt").exists()
-
-
-def test_a_store_that_refuses_is_not_asked_again(bucket: str, proxy: Proxy):
-    proxy.fault = lambda method: 403
-    with pytest.raises(StorageError, match=r"refuses .* AWS_ACCESS_KEY_ID"):
-        located(f"{bucket}/a.txt").is_file()
-    assert proxy.seen == ["HEAD"]
-
-
-def test_a_store_that_answers_slowly_is_waited_for(bucket: str, proxy: Proxy):
-    write_text(located(f"{bucket}/a.txt"), "slow")
-    waits = [4.0]
-
-    def fault(method: str) -> int:
-        time.sleep(waits.pop() if waits else 0)
-        return 0
-
-    proxy.fault = fault
-    assert located(f"{bucket}/a.txt").read_text() == "slow"
-
-
-def test_an_object_that_is_replaced_while_it_is_read_is_read_again(
-    bucket: str, proxy: Proxy, s3_server: str, tmp_path: Path
-):
-    write_text(located(f"{bucket}/a.txt"), "before")
-    new = [b"behind"]
-
-    def fault(method: str) -> int:
-        if method == "GET" and new:
-            client = boto3.client("s3", endpoint_url=s3_server)
-            client.put_object(Bucket=bucket.removeprefix("s3://"), Key="a.txt", Body=new.pop())
-        return 0
-
-    proxy.fault = fault
-    version = download(f"{bucket}/a.txt", tmp_path / "a.txt")
-    assert (tmp_path / "a.txt").read_text() == "behind" and proxy.seen.count("GET") == 2
-    assert version == version_of(f"{bucket}/a.txt")
-
-
-UPLOAD = """
-import sys
-from pathlib import Path
-from selfsup_ray.object_store import upload
-upload(Path(sys.argv[1]), sys.argv[2])
-"""
-
-
-def test_a_writer_killed_in_the_middle_of_an_upload_leaves_no_object(
-    bucket: str, proxy: Proxy, tmp_path: Path
-):
-    (tmp_path / "large").write_bytes(os.urandom(30_000_000))
-    middle = threading.Event()
-
-    def fault(method: str) -> int:
-        if proxy.seen.count("PUT") >= 2:  # the second part
-            middle.set()
-            time.sleep(1)
-        return 0
-
-    proxy.fault = fault
-    command = [sys.executable, "-c", UPLOAD, str(tmp_path / "large"), f"{bucket}/large"]
-    writer = subprocess.Popen(command)
-    assert middle.wait(120)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    proxy.fault = lambda method: 0
-    time.sleep(1.5)
-    assert version_of(f"{bucket}/large") is None
 
 
 def test_a_stage_that_is_stamped_has_all_its_records_on_the_store(
