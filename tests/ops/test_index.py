@@ -14,6 +14,11 @@ from selfsup_ray.ops.index import IndexShard, group_equal_rows
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, merge_neighbors
 
 
+NO_GPU = pytest.mark.skipif(
+    not getattr(faiss, "get_num_gpus", int)(), reason="needs a CUDA device and faiss for it"
+)
+
+
 def unit_rows(n: int, d: int, seed: int = 0) -> np.ndarray:
     rows = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -63,11 +68,12 @@ def same(found: Neighbors, wanted: Neighbors) -> None:
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_a_shard_answers_with_the_bits_of_the_exact_search(tmp_path: Path, name: str):
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=[pytest.mark.gpu, NO_GPU])])
+def test_a_shard_answers_with_the_bits_of_the_exact_search(tmp_path: Path, name: str, gpu: bool):
     rows = INPUTS[name]()
     array = stored(tmp_path, rows)
     queries = np.concatenate([rows[::9], unit_rows(30, rows.shape[1], seed=1)])
-    found = IndexShard(array.path, start=0, stop=len(rows)).search(queries, 17)
+    found = IndexShard(array.path, start=0, stop=len(rows), gpu=gpu).search(queries, 17)
     same(found, exact_topk(queries, rows, k=17))
 
 
