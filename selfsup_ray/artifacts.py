@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from selfsup_ray.config import flatten, parse_yaml, to_dict, unset_keys
+from selfsup_ray.config import by_place, flatten, parse_yaml, to_dict, unset_keys
 from selfsup_ray.credentials import require_no_credentials
 from selfsup_ray.errors import ArtifactError, UserError, unless_storage
 from selfsup_ray.storage import Copies, StoredPath, located, names_in, publish_below, stored
@@ -312,7 +312,7 @@ def require_same(
 
 
 def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
-    config = {k: v for k, v in described["config"].items() if k not in WITHOUT_EFFECT}
+    config = {k: by_place(v) for k, v in described["config"].items() if k not in WITHOUT_EFFECT}
     return {"stage": described["stage"], "config": config, "inputs": described["inputs"]}
 
 

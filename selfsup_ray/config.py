@@ -233,8 +233,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def by_place(value: Any) -> Any:
+    """Return a list of nested values, such as layers, as a mapping by place; others as they are."""
+    if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
+        return value
+    return {"length": len(value), **{str(i): one for i, one in enumerate(value)}}
+
+
 def unset_keys(config: Any) -> frozenset[str]:
     """Return the dotted keys of a config that have their default value."""
+    if isinstance(config, tuple):
+        return frozenset(f"{i}.{key}" for i, one in enumerate(config) for key in unset_keys(one))
     found: set[str] = set()
     if not dataclasses.is_dataclass(config):
         return frozenset()

@@ -149,6 +149,8 @@ class Experiment:
             )
         if not self.patches or not self.whiten:
             return
+        if self.classify and self.classify.needs_dictionary:
+            self._require_like_layers(self.classify, self.whiten, self.patches)
         if self.pretext:
             raise ValueError(
                 "pretext and patches each make the encoder that embed reads: give one of them"
@@ -165,6 +167,27 @@ class Experiment:
                     f"{name}.views.mean and {name}.views.std must be [0.5, 0.5, 0.5] after "
                     f"patches, whose codes are of levels in [-1, 1]"
                 )
+
+    def _require_like_layers(
+        self, classify: ClassifyConfig, whiten: WhitenConfig, patches: PatchesConfig
+    ) -> None:
+        """Raise ValueError when the dictionary of a further layer is made as the first's is not."""
+        if classify.deeper and whiten.whitening == "none":
+            raise ValueError(
+                "whiten.whitening=none is for one layer, since those of classify.deeper are always "
+                "whitened; choose pca or zca, or leave classify.deeper out"
+            )
+        source = "maps" if whiten.source == "images" else whiten.source
+        first = {"source": source, "select": patches.select, "unit_norm": patches.unit_norm}
+        usual = {"source": "maps", "select": "kmeans", "unit_norm": False}
+        for i, layer in enumerate(classify.deeper):
+            for key, value in first.items():
+                if value != usual[key] and (has := getattr(layer, key)) == usual[key]:
+                    where = "whiten" if key == "source" else "patches"
+                    raise ValueError(
+                        f"{where}.{key}={value} is for the first layer, and "
+                        f"classify.deeper.{i}.{key}={has}; say {key}={value} there too"
+                    )
 
     @property
     def encoder(self) -> str | None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,11 +38,11 @@ class GraphLike:
     resources: Resources = Resources()
 
 
-def claim(out: Path, made: GraphLike, **inputs: str) -> bool:
+def claim(out: Path, made: Any, **inputs: str) -> bool:
     return begin(out, stage="graph", config=made, inputs=inputs)
 
 
-def stamp(out: Path, made: GraphLike, **inputs: str) -> None:
+def stamp(out: Path, made: Any, **inputs: str) -> None:
     finish(out, stage="graph", config=made, inputs=inputs, seconds=1.5, facts={"recall": 0.99})
 
 
@@ -176,6 +177,32 @@ def test_a_folder_from_before_a_key_was_there_is_current_at_the_default_of_the_k
     assert progress(tmp_path / "g", stage="graph", config=made).state == "finished"
     with pytest.raises(ArtifactError, match=r"graph\.rate='nothing', but this run asks for 0\.1"):
         claim(tmp_path / "g", override(made, {"rate": 0.1}), embeddings="abc")
+
+
+def test_a_folder_from_before_a_key_of_a_layer_was_there_is_current(tmp_path: Path):
+    @config
+    class Layer:
+        name: str = "b"
+        size: int = 4
+        relu: bool = False
+
+    @config
+    class Network:
+        layers: tuple[Layer, ...] = ()
+
+    two = Network(layers=(Layer(name="a", size=5), Layer()))
+    stamp(tmp_path / "g", two)
+    path = tmp_path / "g" / "config.yaml"
+    claim(tmp_path / "g", two)
+    path.write_text(path.read_text().replace("    relu: false\n", ""))
+    assert "relu" not in path.read_text()
+    assert claim(tmp_path / "g", two) is True
+    with pytest.raises(
+        ArtifactError, match=r"layers\.1\.relu='nothing', but this run asks for True"
+    ):
+        claim(tmp_path / "g", Network(layers=(two.layers[0], Layer(relu=True))))
+    with pytest.raises(ArtifactError, match=r"layers\.length=2, but this run asks for 3"):
+        claim(tmp_path / "g", Network(layers=(*two.layers, Layer())))
 
 
 @pytest.mark.parametrize("is_finished", [False, True])

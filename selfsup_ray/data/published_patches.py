@@ -143,7 +143,9 @@ def _is_default_layer(layer: Mapping[str, Any]) -> bool:
     wanted |= {"bottleneck": 32, "bottleneck_relu": False, "residual": "none"}
     if layer["name"] == "code":
         wanted |= {"k": 128, "patches_per_entry": 256}
-    return all(layer.get(key) == value for key, value in wanted.items())
+    since = {"source": "maps", "select": "kmeans", "unit_norm": False}  # older runs lack these
+    as_usual = all(layer.get(key, value) == value for key, value in since.items())
+    return as_usual and all(layer.get(key) == value for key, value in wanted.items())
 
 
 def _has_default_head(model: Mapping[str, Any]) -> bool:

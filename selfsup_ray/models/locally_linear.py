@@ -325,17 +325,18 @@ def code_block(
     config: CodeConfig | DeeperCodeConfig,
     dictionary: Dictionary,
     *,
-    gate: Gate,
+    model: PhiFullConfig | PhiHardConfig,
     side: int,
     num_classes: int,
 ) -> Block:
     """Return an untrained block on a dictionary, for maps of `side` with its channels.
 
-    Raises ValueError when a k is more than the dictionary has, or nothing is left of the map.
+    model: of the first layer, whose kind, code and embedding all layers have. Raises ValueError
+    when a k is more than the dictionary has, or nothing is left of the map.
     """
     size, s = dictionary.size, dictionary.patch_size
     channels = dictionary.kernel.shape[1] // s**2
-    ks = _ks(config, size)
+    ks, gate = _ks(config, size, model), gate_of(model)
     each: Sequence[int | None] = ks or [None]
     if max(ks, default=0) > size:
         raise ValueError(f"k={max(ks)} is more than the {size} entries of the dictionary; lower it")
@@ -345,28 +346,23 @@ def code_block(
         Layer(config, gate=gate, size=size, patch_size=s, channels=channels, side=side, k=k)
         for k in each
     ]
-    return Block(_code(config, dictionary, ks), layers, num_classes)
+    return Block(_code(model, dictionary, ks), layers, num_classes)
 
 
-def _ks(config: CodeConfig | DeeperCodeConfig, size: int) -> list[int]:
+def _ks(config: CodeConfig | DeeperCodeConfig, size: int, model: CodeConfig) -> list[int]:
     """Return the number of entries for each network; none where the code knows no k."""
-    if isinstance(config, DeeperCodeConfig):
-        return [entries(config.k, size)]
-    if config.code == "triangle":
+    if model.code == "triangle":
         return []
-    return [entries(k, size) for k in (config.k, *config.also_k)]
+    also = config.also_k if isinstance(config, CodeConfig) else ()
+    return [entries(k, size) for k in (config.k, *also)]
 
 
-def _code(
-    config: CodeConfig | DeeperCodeConfig, dictionary: Dictionary, ks: Sequence[int]
-) -> BitCode | TriangleCode:
-    if isinstance(config, DeeperCodeConfig):
-        return BitCode(dictionary, ks=ks, kind="up_to")
-    if config.embedding != "dictionary":
+def _code(model: CodeConfig, dictionary: Dictionary, ks: Sequence[int]) -> BitCode | TriangleCode:
+    if model.embedding != "dictionary":
         dictionary = _random_like(dictionary)
-    if config.code == "triangle":
-        return TriangleCode(dictionary, is_trained=config.embedding == "learnable")
-    return BitCode(dictionary, ks=ks, kind=config.code)
+    if model.code == "triangle":
+        return TriangleCode(dictionary, is_trained=model.embedding == "learnable")
+    return BitCode(dictionary, ks=ks, kind=model.code)
 
 
 def _random_like(dictionary: Dictionary) -> Dictionary:

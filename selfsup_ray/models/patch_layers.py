@@ -222,7 +222,10 @@ ModelConfig = Annotated[
 
 @config
 class DeeperCodeConfig(LayerConfig):
-    """A further layer of Phi_full or Phi_hard: a dictionary of patches of the map below."""
+    """A further layer of Phi_full or Phi_hard: a dictionary of patches of the map below.
+
+    Kind, code and embedding are the first layer's.
+    """
 
     name: Literal["code"] = "code"
     size: Positive = 1024
@@ -231,14 +234,32 @@ class DeeperCodeConfig(LayerConfig):
     """Side of a patch."""
     k: EntriesK = 128
     """Nearest entries of the dictionary that are set; below 1 a share of it."""
+    source: Literal["maps", "gaussian", "uniform"] = "maps"
+    """What patches are drawn from; `gaussian`, `uniform`: noise N(0, 1) or [-1, 1) in their
+    place."""
+    select: Literal["kmeans", "farthest", "sample"] = "kmeans"
+    """How entries come from the whitened patches: centroids, patches far from each other, or
+    patches as they were drawn."""
     patches_per_entry: Positive = 256
-    """Patches drawn for each entry; with 1 they are the dictionary themselves."""
+    """Patches drawn for each entry; with 1, or select=sample, they are the dictionary."""
+    unit_norm: bool = False
+    """Scale the whitened entries to length 1."""
     iterations: Positive = 25
     """Rounds of k-means."""
     regularization: PositiveFloat = 1e-3
     """Added to the root of each variance of the patches before they are divided by it."""
     pool: Positive | None = None
     batch_norm: bool = False
+
+    @property
+    def chosen_by(self) -> Literal["kmeans", "farthest", "sample"]:
+        """How entries are chosen when there may be as many patches as entries."""
+        return "sample" if self.patches_per_entry == 1 else self.select
+
+    @property
+    def patches(self) -> int:
+        """Patches that are drawn."""
+        return self.size * (1 if self.chosen_by == "sample" else self.patches_per_entry)
 
 
 @config

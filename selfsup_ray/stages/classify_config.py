@@ -35,7 +35,8 @@ class ClassifyConfig(TrainConfig):
     """The first layer, or the whole network where there is no dictionary."""
     deeper: tuple[DeeperConfig, ...] = ()
     """Further layers. Each is trained for the whole schedule on top of the ones below, which are
-    kept as they are; its dictionary is made of patches of the map below."""
+    kept as they are; its dictionary is made of patches of the map below. `model.code` and
+    `model.embedding` are those of all layers; how its dictionary is made, each layer says."""
     sum_logits: bool = False
     """Each layer's classifier is added to those of the layers below, in place of standing alone."""
     views: ShiftedConfig = ShiftedConfig()

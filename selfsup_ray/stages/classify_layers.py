@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -87,31 +88,33 @@ def write_dictionary(corpus: Corpus, plan: NetworkPlan, layer: int) -> None:
     """Write the dictionary of a layer above the first, unless it is there; no labels are read.
 
     Patches of the maps below are whitened and clustered as those of images are; the sample is
-    left in the layer's folder.
+    left in the layer's folder. GPUs of the training are k-means' too; maps are made on CPUs.
     """
     folder, config = plan.folder(layer), plan.config.deeper[layer - 2]
     if (folder / DICTIONARY).exists():
         return
     assert isinstance(config, DeeperCodeConfig), "only codes have a dictionary"
-    resources = Resources(workers=plan.config.resources.workers, cpus=plan.config.resources.cpus)
-    seed = plan.config.seed + layer
+    ask, seed = plan.config.resources, plan.config.seed + layer
+    on_cpus = Resources(workers=ask.fewest, cpus=ask.cpus)
     whitening = WhitenConfig(
-        patches=config.size * config.patches_per_entry,
+        patches=config.patches,
         patch_size=config.patch_size,
+        source="images" if config.source == "maps" else config.source,
         regularization=config.regularization,
         seed=seed,
-        resources=resources,
+        resources=on_cpus,
     )
     below = {"below": content_hash(plan.folder(layer - 1) / WEIGHTS)}
     maps = LayerMaps(corpus, plan, layer - 1)
     sample = whiten_maps(maps, whitening, inputs=below, out=folder / "whiten")
     clustering = PatchesConfig(
         size=config.size,
-        select="sample" if config.patches_per_entry == 1 else "kmeans",
+        select=config.chosen_by,
         patches_per_entry=config.patches_per_entry,
+        unit_norm=config.unit_norm,
         iterations=config.iterations,
         seed=seed,
-        resources=resources,
+        resources=dataclasses.replace(on_cpus, gpus=ask.gpus),
     )
     made, _ = make_dictionary(sample, clustering, out=folder, stage="classify")
     _write(folder / DICTIONARY, *made.kernel)

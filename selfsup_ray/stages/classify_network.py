@@ -18,7 +18,6 @@ from selfsup_ray.models.locally_linear import (
     PatchNetwork,
     code_block,
     conv_block,
-    gate_of,
 )
 from selfsup_ray.models.patch_backbone import PatchBackbone
 from selfsup_ray.models.patch_cnn import PatchCNN
@@ -122,8 +121,8 @@ class NetworkPlan:
         if isinstance(config, PhiFullConfig | PhiHardConfig | DeeperCodeConfig):
             assert dictionary is not None, f"layer {layer} needs its dictionary"
             assert isinstance(model, PhiFullConfig | PhiHardConfig), "codes stand on codes"
-            gate, classes = gate_of(model), self.num_classes
-            return code_block(config, dictionary, gate=gate, side=side, num_classes=classes)
+            classes = self.num_classes
+            return code_block(config, dictionary, model=model, side=side, num_classes=classes)
         assert not isinstance(config, CNNConfig | PhiSimpleConfig), "these have one layer only"
         return conv_block(config, channels=channels, side=side, num_classes=self.num_classes)
 
@@ -199,11 +198,10 @@ def _shape_of(config: DeeperConfig, below: Block, num_train: int) -> Dictionary 
     top = below.layers[0]
     assert isinstance(top, Layer), "a block is made of layers"
     positions = max(0, top.out_side - config.patch_size + 1) ** 2
-    wanted = config.size * config.patches_per_entry
-    if 0 < positions * num_train < wanted:
+    if config.source == "maps" and 0 < positions * num_train < config.patches:
         raise ValueError(
             f"size={config.size} entries of patches_per_entry={config.patches_per_entry} patches "
-            f"want {wanted:,} patches, but the maps of {num_train:,} images have "
+            f"want {config.patches:,} patches, but the maps of {num_train:,} images have "
             f"{positions * num_train:,}; lower either"
         )
     kernel = torch.empty(config.size, top.out_channels * config.patch_size**2)

@@ -20,7 +20,6 @@ from selfsup_ray.models.locally_linear import (
     PatchNetwork,
     code_block,
     conv_block,
-    gate_of,
 )
 from selfsup_ray.models.patch_layers import (
     DeeperCodeConfig,
@@ -34,6 +33,7 @@ from selfsup_ray.models.simple_embedding import SimpleNetwork
 from selfsup_ray.ops.patch_codes import full_embedding
 
 Phi = PhiFullConfig | PhiHardConfig
+PHI = PhiFullConfig()
 BARE: dict[str, Any] = {"pool": None, "batch_norm": False, "bottleneck": None}
 
 
@@ -45,9 +45,7 @@ def dictionary(size: int, patch_size: int = 5, channels: int = 3, seed: int = 0)
 
 def network(config: Phi, size: int, side: int = 32, num_classes: int = 10) -> PatchNetwork:
     torch.manual_seed(0)
-    block = code_block(
-        config, dictionary(size), gate=gate_of(config), side=side, num_classes=num_classes
-    )
+    block = code_block(config, dictionary(size), model=config, side=side, num_classes=num_classes)
     return PatchNetwork([block])
 
 
@@ -116,13 +114,13 @@ def test_four_layers_have_the_maps_and_linear_layers_of_the_paper():
     torch.manual_seed(0)
     first = PhiFullConfig(pool=2, k=256)
     with torch.device("meta"):
-        blocks = [code_block(first, dictionary(1024), gate="full", side=32, num_classes=10)]
+        blocks = [code_block(first, dictionary(1024), model=first, side=32, num_classes=10)]
         for _ in range(3):
             below = blocks[-1].layers[0]
             deeper = DeeperCodeConfig()
             on = dictionary(deeper.size, deeper.patch_size, channels=32)
             blocks.append(
-                code_block(deeper, on, gate="full", side=int(below.out_side), num_classes=10)  # type: ignore[arg-type]
+                code_block(deeper, on, model=first, side=int(below.out_side), num_classes=10)  # type: ignore[arg-type]
             )
     assert [block.layers[0].out_side for block in blocks] == [14, 12, 10, 8]
     assert [features_read(block) for block in blocks] == [6272, 4608, 3200, 2048]
@@ -277,7 +275,7 @@ def test_a_layer_below_the_top_evaluates_and_is_not_trained():
     below = first.layers[0]
     on = dictionary(8, 3, channels=6)
     config = DeeperCodeConfig(size=8, k=2, bottleneck=5)
-    top = code_block(config, on, gate="full", side=int(below.out_side), num_classes=10)  # type: ignore
+    top = code_block(config, on, model=PHI, side=int(below.out_side), num_classes=10)  # type: ignore
     deep = PatchNetwork([first, top]).train()
     before = below.norm.running_mean.clone()  # type: ignore[union-attr, operator]
     images = torch.randn(3, 3, 13, 13)
@@ -293,11 +291,47 @@ def test_summed_logits_are_those_of_all_layers():
     first = network(PhiFullConfig(k=4, pool=2, bottleneck=6), 16, side=13).top
     on = dictionary(8, 3, channels=6)
     side = int(first.layers[0].out_side)  # type: ignore[arg-type]
-    top = code_block(DeeperCodeConfig(size=8, k=2), on, gate="full", side=side, num_classes=10)
+    top = code_block(DeeperCodeConfig(size=8, k=2), on, model=PHI, side=side, num_classes=10)
     images = torch.randn(3, 3, 13, 13)
     summed = PatchNetwork([first, top], sum_logits=True).eval()(images)[0]
     apart = PatchNetwork([first, top]).eval()(images)[0] + PatchNetwork([first]).eval()(images)[0]
     torch.testing.assert_close(summed, apart)
+
+
+@pytest.mark.parametrize("kind", ["full", "hard"])
+@pytest.mark.parametrize("code", ["up_to", "kth", "triangle"])
+def test_a_further_layer_has_the_code_of_the_first(kind: str, code: str):
+    size, side, s, k, channels = 8, 7, 3, 3, 4
+    values: dict[str, Any] = {"k": 5, "code": code}
+    model: Phi = PhiFullConfig(**values) if kind == "full" else PhiHardConfig(**values)
+    config = DeeperCodeConfig(size=size, k=k, **BARE)
+    on = dictionary(size, s, channels=channels)
+    block = code_block(config, on, model=model, side=side, num_classes=5).eval()
+    maps = torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        [got] = block.maps(maps)
+    layer = block.layers[0]
+    for b, y, x in itertools.product(range(2), range(5), range(5)):
+        patch = maps[b, :, y : y + s, x : x + s].reshape(-1)
+        distance = on.kernel @ patch + on.bias
+        order, want = distance.argsort(), torch.zeros(size)
+        if code == "triangle":
+            want = (distance.mean() - distance).clamp_min(0)
+        else:
+            want[order[:k] if code == "up_to" else order[k - 1]] = 1
+        if kind == "full":
+            want = want * (layer.linear.weight.flatten(1) @ patch + layer.linear.bias)  # type: ignore
+        torch.testing.assert_close(got[b, :, y, x], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("embedding", ["random", "learnable"])
+def test_a_further_layer_has_the_embedding_of_the_first(embedding: str):
+    on = dictionary(8, 3, channels=4)
+    model = PhiHardConfig(code="triangle", embedding=embedding)  # type: ignore[arg-type]
+    block = code_block(DeeperCodeConfig(), on, model=model, side=7, num_classes=5)
+    code = block.code
+    assert code is not None and code.kernel.abs().max() <= 1 / 6 < on.kernel.abs().max()
+    assert code.kernel.requires_grad == (embedding == "learnable")
 
 
 def test_layer_wise_convolutions_stack_as_codes_do():

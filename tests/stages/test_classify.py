@@ -277,6 +277,47 @@ def test_patches_of_the_map_below_make_the_dictionary_of_a_layer(made: Path, tmp
     np.testing.assert_allclose(tensors["covariance"], covariance, rtol=1e-4, atol=1e-6)
 
 
+def test_a_layer_says_how_its_dictionary_is_made(made: Path, tmp_path: Path):
+    layer = {**DEEPER, "source": "gaussian", "select": "farthest", "unit_norm": True}
+    done = run(made, tmp_path / "c", model={**FULL, "pool": 2}, deeper=(layer,), epochs=1)
+    folder = done.path / "layer2"
+    noise = np.load(folder / "whiten" / "patches" / "00000.npy")
+    assert noise.shape == (64, 6 * 4)
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    matrix = read_weights(folder / "whiten" / "whitening.safetensors")["matrix"].numpy()
+    rows, chosen = noise @ matrix, [0]
+    while len(chosen) < 8:
+        apart = ((rows[:, None] - rows[chosen]) ** 2).sum(axis=2).min(axis=1)
+        chosen.append(int(apart.argmax()))
+    unit = rows[chosen] / np.linalg.norm(rows[chosen], axis=1, keepdims=True)
+    stored = read_weights(folder / "dictionary.safetensors")
+    np.testing.assert_allclose(stored["kernel"], -unit @ matrix.T, atol=1e-4)
+    np.testing.assert_allclose(stored["bias"], 0.5, atol=1e-4)
+
+
+def test_a_sampled_dictionary_of_a_layer_draws_one_patch_for_each_entry(made: Path, tmp_path: Path):
+    layer = {**DEEPER, "select": "sample", "patches_per_entry": 10_000}
+    done = run(made, tmp_path / "c", model={**FULL, "pool": 2}, deeper=(layer,), epochs=1)
+    assert len(np.load(done.path / "layer2" / "whiten" / "patches" / "00000.npy")) == 8
+
+
+@pytest.mark.parametrize("code", ["kth", "triangle"])
+def test_all_layers_of_a_trained_network_have_one_code(made: Path, tmp_path: Path, code: str):
+    model = {**FULL, "pool": 2, "code": code}
+    done = run(made, tmp_path / "c", model=model, deeper=(DEEPER,), epochs=1)
+    corpus, ids = Corpus.open(made / "ingest"), done.split.test
+    images = normalized(corpus.images(ids), done.config.views)
+    network: Any = done.network()
+    with torch.no_grad():
+        [second] = network.blocks[1].code(network.blocks[0].maps(images)[0])
+        predicted = network(images)[0].argmax(dim=1).numpy()
+    if code == "kth":  # one bit of the eight entries at every position
+        assert set(np.bitwise_count(second.numpy()).ravel()) == {1}
+    else:
+        assert second.dtype == torch.float32 and second.min() == 0
+    assert (predicted == corpus.labels(ids)).mean() == pytest.approx(done.last_accuracy)
+
+
 def test_a_budget_is_drawn_from_the_training_images_whatever_their_class(made: Path):
     corpus = Corpus.open(made / "ingest")
     whole = split_images(corpus, build(ClassifyConfig, BASE))

@@ -76,6 +76,27 @@ def test_a_network_on_codes_needs_a_dictionary_and_a_convolution_none(tmp_path: 
     assert build(Experiment, values).inputs("classify") == ("ingest",)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"whiten.source": "gaussian"}, r"whiten.source=gaussian is .*classify.deeper.0.source=m"),
+        ({"patches.select": "sample"}, r"patches.select=sample is .*deeper.0.select=kmeans"),
+        ({"patches.unit_norm": True}, r"say unit_norm=True there too"),
+        ({"whiten.whitening": "none"}, r"whiten.whitening=none is for one layer"),
+    ],
+)
+def test_layers_whose_dictionaries_differ_without_a_word_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+):
+    deep = override(build(Experiment, shapes(tmp_path)), {"classify.deeper": [{"name": "code"}]})
+    with pytest.raises(ConfigError, match=message):
+        override(deep, changes)
+    key = next(iter(changes)).split(".")[1]
+    if key != "whitening":
+        layer = {"name": "code", key: next(iter(changes.values()))}
+        assert override(deep, {**changes, "classify.deeper": [layer]})
+
+
 def test_the_seed_of_the_experiment_reaches_the_network(tmp_path: Path):
     from selfsup_ray.experiment import seeded
 
