@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from selfsup_ray import plots
+from selfsup_ray.plots_bars import plot_layers
 from selfsup_ray.report_classify import percent_or_nothing
 from selfsup_ray.report_html import figures, paragraph, table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PUBLISHED = {
     "1 head of 3,000": {"conv3": 43.0, "conv4": 44.7, "conv5": 40.9},
@@ -50,25 +46,3 @@ def layers_part(made: Mapping[str, Any]) -> str:
 
 
 COLUMNS = ("last_accuracy", "max_accuracy", "chosen_accuracy", "train_accuracy")
-
-
-def plot_layers(
-    names: Sequence[str], bars: Mapping[str, Mapping[str, float]], ax: Axes, *, title: str
-) -> None:
-    """Groups of bars, one group a layer; the first series is filled, published ones are hollow."""
-    width = 0.8 / len(bars)
-    for i, (series, values) in enumerate(bars.items()):
-        known = [j for j, name in enumerate(names) if name in values]
-        color = plots.SERIES[i % len(plots.SERIES)]
-        ax.bar(
-            np.array(known) + (i - (len(bars) - 1) / 2) * width,
-            [values[names[j]] for j in known],
-            width=0.9 * width,
-            color=color if i == 0 else "none",
-            edgecolor=color,
-            label=series if i == 0 else f"published, {series}",
-        )
-    ax.set_xticks(range(len(names)), list(names))
-    ax.set(ylabel="test accuracy, %", title=title)
-    if len(bars) > 1:
-        ax.legend()

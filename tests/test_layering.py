@@ -14,7 +14,7 @@ LEVELS = {
     **dict.fromkeys(["ops", "errors", "credentials", "config", "artifacts"], 0),
     **dict.fromkeys(["collectives", "resources"], 0),
     **dict.fromkeys(["storage", "storage_cache", "object_store", "run_lock"], 0),
-    **dict.fromkeys(["tracking", "plots", "progress", "memory", "interrupts"], 0),
+    **dict.fromkeys(["tracking", "plots", "plots_bars", "progress", "memory", "interrupts"], 0),
     **dict.fromkeys(["models", "data", "training", "batches", "optim"], 1),
     "cluster": 2,
     "stages": 3,
@@ -75,6 +75,7 @@ SIDEWAYS = {
     ("ops", "storage"),  # and removes what only an interrupted run needs
     ("ops", "errors"),  # which every module may import
     ("ops", "collectives"),  # the type of a reduction and the identity, to be handed the others
+    ("plots_bars", "plots"),  # one figure more, in the same colors
     ("collectives", "memory"),  # what one rank gathers may lie in a temporary file
 }
 COLLECTIVES_IN_OPS = ("selfsup_ray.collectives.Reduce", "selfsup_ray.collectives.identity")
@@ -84,7 +85,7 @@ OWNERS = {
     "torch.distributed": ["collectives.py", "training.py"],
     "faiss": ["ops/index.py", "ops/approximate.py", "ops/faiss_files.py", "ops/faiss_kmeans.py"],
     "mlflow": ["tracking.py"],
-    "matplotlib": ["plots.py", "report.py"],
+    "matplotlib": ["plots.py", "plots_bars.py", "report.py"],
 }
 
 
