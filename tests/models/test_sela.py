@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from selfsup_ray.models.sela_config import (
 )
 from selfsup_ray.models.sela_weights import fill_published
 from selfsup_ray.optim import SGDConfig
-from selfsup_ray.training import State, TrainConfig, fit
+from selfsup_ray.training import State, TrainConfig, fit, load_state, save_state
 
 OnRanks = Callable[..., list[Any]]
 N, K = 60, 5
@@ -330,6 +331,32 @@ def test_labels_do_not_depend_on_the_number_of_ranks(on_ranks: OnRanks, size: in
 def test_two_ranks_train_to_the_weights_of_one(on_ranks: OnRanks):
     alone = trained_in_64_bits()
     for found in on_ranks(trained_in_64_bits, size=2):
+        assert torch.equal(found["labels"], alone["labels"])
+        torch.testing.assert_close(found["weight"], alone["weight"], rtol=0, atol=1e-8)
+
+
+def continued_in_64_bits(path: Path, last: int) -> dict[str, Tensor]:
+    """Train up to a step, from the checkpoint in a file if there is one, and write the next."""
+    objective = sela().double()
+    objective.pass_views = double_views
+
+    def keep(state: State) -> None:
+        if state["step"] == last and collectives.rank() == 0:
+            save_state(path, state)
+            assert len(state["objective"]["labels._extra_state"]) == N
+
+    options: dict[str, Any] = {"state": load_state(path), "on_checkpoint": keep}
+    fit(objective, Stripes(), double_views, TRAIN, device="cpu", **options)
+    return {"labels": labels_of(objective), "weight": objective.backbone.conv1.weight.detach()}
+
+
+def test_a_checkpoint_of_two_ranks_ends_on_three_with_the_labels_of_one(
+    on_ranks: OnRanks, tmp_path: Path
+):
+    """The checkpoint at step 9 of 20 lies between the events before steps 8 and 10."""
+    alone, path = trained_in_64_bits(), tmp_path / "checkpoint.pt"
+    on_ranks(continued_in_64_bits, path, 9, size=2)
+    for found in on_ranks(continued_in_64_bits, path, -1, size=3):
         assert torch.equal(found["labels"], alone["labels"])
         torch.testing.assert_close(found["weight"], alone["weight"], rtol=0, atol=1e-8)
 

@@ -30,6 +30,7 @@ from selfsup_ray.report_run import Run
 from selfsup_ray.report_sela import ordered, sela_section
 from selfsup_ray.stages.ingest import IngestConfig, ingest
 from selfsup_ray.stages.sela import SeLaConfig, sela
+from selfsup_ray.stages.sela_labels import given_labels
 
 VIEWS = {
     "name": "sela",
@@ -141,6 +142,25 @@ def test_labels_of_other_images_are_refused(finished: Path, corpus: Corpus, tmp_
     fewer = build(SeLaConfig, FEW | {"events": events, "num_clusters": 3})
     with pytest.raises(ConfigError, match=r"labels from 0 to 7.*num_clusters=3. Set it to 8"):
         sela(corpus, fewer, out=tmp_path / "b")
+
+
+def test_exported_labels_are_read_by_range_whatever_the_order_of_the_file(
+    finished: Path, tmp_path: Path
+):
+    table = pq.read_table(finished / "pseudo_labels.parquet")
+    order = np.random.default_rng(0).permutation(240)
+    pq.write_table(table.take(order), tmp_path / "shuffled.parquet", row_group_size=50)
+    wanted = np.asarray(ShardedArray.open(finished / "labels"))
+    fits = {"num_heads": 2, "num_images": 240, "num_clusters": 8}
+    for name in (tmp_path / "shuffled.parquet", finished / "pseudo_labels.pt"):
+        between = given_labels(name, **fits)
+        assert np.array_equal(between(70, 190), wanted[70:190])
+    order[order == 100] = 99
+    pq.write_table(table.take(order), tmp_path / "twice.parquet")
+    between = given_labels(tmp_path / "twice.parquet", **fits)
+    assert np.array_equal(between(0, 99), wanted[:99])
+    with pytest.raises(ConfigError, match="must have each id from 0 to 239 once"):
+        between(90, 110)
 
 
 def test_alexnet_on_small_views_is_refused_before_any_work(corpus: Corpus, tmp_path: Path):
