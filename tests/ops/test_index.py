@@ -13,7 +13,6 @@ from selfsup_ray.ops import index as index_module
 from selfsup_ray.ops.index import IndexShard, group_equal_rows
 from selfsup_ray.ops.neighbors import Neighbors, exact_topk, merge_neighbors
 
-
 NO_GPU = pytest.mark.skipif(
     not getattr(faiss, "get_num_gpus", int)(), reason="needs a CUDA device and faiss for it"
 )
