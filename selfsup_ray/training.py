@@ -121,6 +121,11 @@ def ignore(_: Any) -> None:
     """Do nothing with what is reported."""
 
 
+def never() -> bool:
+    """Return False: nothing asks for a checkpoint."""
+    return False
+
+
 def fit(
     objective: Objective,
     dataset: Dataset,
@@ -131,6 +136,7 @@ def fit(
     state: State | None = None,
     on_checkpoint: Callable[[State], None] = ignore,
     on_log: Callable[[Record], None] = ignore,
+    is_asked: Callable[[], bool] = never,
 ) -> State:
     """Train an objective to its last epoch, from `state` if there is one, and return the state.
 
@@ -138,6 +144,8 @@ def fit(
     number of ranks only by rounding, and not on where a run was stopped: the order of the images
     is a function of (seed, epoch), the views of (seed, epoch, id), the rest is in the state.
     on_checkpoint and on_log are called on every rank; a state is live, so save it at once.
+    is_asked: whether this rank wants a checkpoint at the record just made, between the regular
+    ones; one rank is enough.
     Raises ConfigError for a batch that cannot be cut, TrainingError when the loss is not finite.
     """
     device = torch.device(device)
@@ -188,6 +196,7 @@ def fit(
                 history.append(record)
                 mark_collapse(history)
                 on_log(history[-1])
+                checkpoint = on_any_rank(checkpoint or is_asked(), device)
             if checkpoint:
                 on_checkpoint(now())
     return now()
@@ -307,6 +316,11 @@ def require_same_step(step: int, device: torch.device) -> None:
     mean = float(all_sum(torch.tensor(step, dtype=torch.float64, device=device))) / world_size()
     if mean != step:
         raise RuntimeError(f"this rank goes on from step {step}, the mean over ranks is {mean}")
+
+
+def on_any_rank(wanted: bool, device: torch.device) -> bool:
+    """Return whether any rank wants it; every rank must call it."""
+    return float(all_sum(torch.tensor(float(wanted), device=device))) > 0
 
 
 def on_all_ranks(objective: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:

@@ -227,6 +227,23 @@ def test_every_epoch_reads_its_order_once_on_any_number_of_ranks_and_parts(on_ra
         assert len(set(order)) == 24
 
 
+def steps_written() -> Tensor:
+    """Return the steps at which this rank writes when rank 1 alone asks for it, at step 6."""
+    written, records = list[int](), list[dict[str, float]]()
+    trained(
+        on_log=records.append,
+        is_asked=lambda: rank() == 1 and records[-1]["step"] == 6,
+        on_checkpoint=lambda state: written.append(state["step"]),
+    )
+    return torch.tensor(written)
+
+
+def test_every_rank_writes_a_checkpoint_at_the_record_at_which_any_of_them_asks(on_ranks):
+    for written in on_ranks(steps_written, size=2):
+        assert written.tolist() == [4, 6, 8, STEPS]
+    assert steps_written().tolist() == [4, 8, STEPS], "rank 0 alone does not ask"
+
+
 def test_a_loss_that_is_not_finite_names_step_lr_and_the_last_finite_loss():
     losses = []
     batches = Batches(Noise(), CONFIG, pin=False)

@@ -135,6 +135,7 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from selfsup_ray.cluster.notice import Notice
     from selfsup_ray.cluster.patience import Patience
 
     folder, records = temporary_folder(out), channel_for(out)
@@ -144,7 +145,7 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
         name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
         storage_path=str(folder),
         failure_config=FailureConfig(max_failures=-1),  # Patience counts
-        callbacks=[Patience(job.config.max_failures)],  # type: ignore[list-item]
+        callbacks=[Patience(job.config.max_failures), Notice()],  # type: ignore[list-item]
         worker_runtime_env={"env_vars": _environment(job)},  # type: ignore[call-arg]
     )
     trainer = TorchTrainer(
@@ -205,6 +206,8 @@ def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
 
 def _worker(task: dict[str, Any]) -> dict[str, str]:
     """Body of one Ray Train worker: build here, continue if restarted, fit."""
+    from selfsup_ray.cluster.notice import is_told
+
     job, out = task["job"], located(task["out"])
     path = out / "checkpoint.pt"
     with threads(job.config.resources):
@@ -219,6 +222,7 @@ def _worker(task: dict[str, Any]) -> dict[str, str]:
                 state=load_state(path),
                 on_checkpoint=partial(_report, path),
                 on_log=partial(_write_record, task["records"]),
+                is_asked=is_told,
             )
         except (ConfigError, TrainingError) as error:
             # Raised by every rank alike, and again after a restart: so an answer, not a failure.
@@ -244,8 +248,11 @@ def _report(path: Path, state: State) -> None:
     """
     import ray.train
 
+    from selfsup_ray.cluster import notice
+
     if rank() == 0:
         save_state(path, state)
+    notice.saved()
     ray.train.report(state["history"][-1])
 
 

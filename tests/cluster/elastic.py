@@ -1,4 +1,4 @@
-"""Trains on two nodes, of which the one with rank 0 is killed, and on a third that comes later.
+"""Trains on two nodes, of which the one with rank 0 is killed; a third comes, and is given back.
 
 Run by test_elastic.py in a process of its own, since a session of Ray may exist beside it only
 there. Writes `result.json`: who trained which step where, and how far the weights are from those
@@ -21,6 +21,7 @@ from nodes import added, started
 from torch import Tensor
 
 from selfsup_ray import collectives
+from selfsup_ray.cluster import notice
 from selfsup_ray.cluster import train as trainer
 from selfsup_ray.models.backbones import ResNetConfig, build_backbone
 from selfsup_ray.models.pretext import SimCLR, SimCLRConfig
@@ -32,7 +33,7 @@ from selfsup_ray.training import State, TrainConfig, TrainJob
 
 N, BATCH, EPOCHS = 75, 15, 4  # batches of 15: 8 images on one worker and 7 on the other
 STEPS = EPOCHS * N // BATCH
-LOST_AT, GROWN_AT = 7, 13  # in the middle of epochs; checkpoints are made every 3 steps
+LOST_AT, GROWN_AT, DRAINED_AT = 7, 13, 15  # in epochs; checkpoints every 3 steps, records every 2
 
 
 class Noise:
@@ -82,9 +83,12 @@ class Watched(SimCLR):
         note = {"step": step, "rank": rank, "workers": size, "node": node, "time": time.time()}
         with open(self.folder / "notes.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")
-        is_early = step == GROWN_AT and size == 1
-        if (step == LOST_AT and size == 2 and rank == 0) or is_early:
-            time.sleep(300)  # ended by the loss of the node, or by the growth of the cluster
+        if rank == 0 and (step, size) in ((GROWN_AT, 1), (DRAINED_AT, 2)):
+            notice.within(600, notice.is_told)
+        taken = self.folder / "taken"
+        is_taken = step > DRAINED_AT and taken.exists() and taken.read_text() == node
+        if (step == LOST_AT and size == 2 and rank == 0) or is_taken:
+            time.sleep(600)  # ended by the loss of the node
 
 
 def two_views(images: list[Tensor], ids: Tensor, epoch: int) -> list[Tensor]:
@@ -129,19 +133,38 @@ def wait_for(folder: Path, step: int, workers: int) -> dict[str, Any]:
 
 
 def change(cluster: Any, folder: Path, nodes: list[Any], times: dict[str, float]) -> None:
-    """Kill the node of rank 0 in the middle of an epoch, and give another one later."""
+    """Kill the node of rank 0 in the middle of an epoch; add one, and take it back with notice."""
     doomed = wait_for(folder, LOST_AT, 2)["node"]
     [lost] = [node for node in nodes if node.node_id == doomed]
     cluster.remove_node(lost, allow_graceful=False)
     times["killed"] = time.time()
     times["on_one"] = wait_for(folder, GROWN_AT, 1)["time"]
     times["added"] = time.time()
-    added(cluster, cpus=1)
+    borrowed = added(cluster, cpus=1)
+    times["on_two"] = wait_for(folder, DRAINED_AT, 2)["time"]
+    (folder / "taken").write_text(borrowed.node_id)
+    drain(cluster, borrowed)
+    times["drained"] = wait_for(folder, DRAINED_AT + 1, 2)["time"]
+    cluster.remove_node(borrowed, allow_graceful=False)
+    times["on_one_again"] = wait_for(folder, DRAINED_AT + 1, 1)["time"]
+
+
+def drain(cluster: Any, node: Any) -> None:
+    """Say that a node will be taken away in a minute, as a cloud does with a spot machine."""
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline_ms = int((time.time() + 60) * 1000)
+    head = ray._raylet.GcsClient(address=cluster.address)
+    is_accepted, why_not = head.drain_node(node.node_id, reason, "taken back", deadline_ms)
+    assert is_accepted, why_not
 
 
 def main(folder: Path) -> None:
     """Train on a cluster that changes, then in this process, and write `result.json`."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1"  # the tests have it off
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
     trainer.RESIZE_CHECK_S = 1.0
     cluster, nodes = started([2, 1])  # packed, both workers would be on the first
     ray.init(address=cluster.address, log_to_driver=False)
