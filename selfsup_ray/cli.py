@@ -181,6 +181,9 @@ def _add_import_graph(commands: Commands) -> None:
         metavar="FOLDER",
         help="embeddings; then the recall is measured",
     )
+    command.add_argument(
+        "--min-recall", type=float, metavar="SHARE", help="stop when the measured recall is lower"
+    )
     _add_workers(command)
     command.set_defaults(call=_import_graph)
 
@@ -310,7 +313,11 @@ def _import_graph(options: argparse.Namespace) -> None:
 
     made = import_graph(
         options.file,
-        ImportGraphConfig(k=options.k, resources=Resources(workers=options.workers)),
+        ImportGraphConfig(
+            k=options.k,
+            min_recall=options.min_recall,
+            resources=Resources(workers=options.workers),
+        ),
         out=options.out,
         similarity=options.similarity,
         features=Embeddings.open(options.features) if options.features else None,

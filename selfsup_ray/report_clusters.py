@@ -169,7 +169,7 @@ def _graph_in_words(run: Run) -> str:
     graph = run.graph
     assert graph is not None
     parts = [f"{len(graph):,} images with {graph.k} neighbors each, by cosine similarity."]
-    if "recall" in graph.facts:
+    if graph.recall is not None:
         sample = graph.facts.get("recall_sample")
         checked = f" ({sample:,} images checked exactly)" if sample else ""
         parts.append(f"Recall {graph.recall:.4f}{checked}.")

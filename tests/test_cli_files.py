@@ -27,7 +27,7 @@ def test_published_files_go_in_and_come_out_the_same(
     source = [str(tmp_path / "features.float32"), "--dim", "5"]
     assert cli.main(["import-features", *source, "--out", embed]) == 0
     np.testing.assert_allclose(np.asarray(Embeddings.open(embed).array), unit, atol=1e-6)
-    source = [str(tmp_path / "ndis60_k8_I_11.int8"), "--features", embed]
+    source = [str(tmp_path / "ndis60_k8_I_11.int8"), "--features", embed, "--min-recall", "0.99"]
     assert cli.main(["import-graph", *source, "--out", graph]) == 0
     assert (Graph.open(graph).k, Graph.open(graph).recall) == (7, 1.0)
 

@@ -124,9 +124,13 @@ class Graph:
         return read_done(self.path).fingerprint
 
     @property
-    def recall(self) -> float:
-        """Share of the true k nearest neighbors that the lists hold, on a sample of images."""
-        return float(self.facts["recall"])
+    def recall(self) -> float | None:
+        """Share of the true k nearest neighbors that the lists hold, on a sample of images.
+
+        None for a graph that was imported without the features to measure it on.
+        """
+        value = self.facts.get("recall")
+        return None if value is None else float(value)
 
     @property
     def neighbor_accuracy(self) -> float | None:
@@ -179,11 +183,7 @@ def build_graph(
         log.warning(text, len(array), k, config.k)
     ids = _search(array, config, out, k=k)
     facts = measure_recall(array, ids, sample=config.recall_sample, seed=config.seed)
-    if facts["recall"] < config.min_recall:
-        raise ConfigError(
-            f"{out}: the graph holds {facts['recall']:.3f} of the true neighbors, below "
-            f"graph.min_recall={config.min_recall}. Search more widely, or lower graph.min_recall."
-        )
+    require_recall(out, facts["recall"], config.min_recall, key="graph.min_recall")
     if known is not None:
         facts |= _neighbor_accuracy(ids, known)
     seconds = time.monotonic() - began
@@ -195,6 +195,15 @@ def build_graph(
     text = "graph: %s images, k=%d, recall %.4f (%s sampled), %.1f s"
     log.info(text, n, k, facts["recall"], checked, seconds)
     return Graph.open(out)
+
+
+def require_recall(out: Path, found: float, least: float, *, key: str) -> None:
+    """Raise ConfigError when a graph holds too few of the true neighbors."""
+    if found < least:
+        raise ConfigError(
+            f"{out}: the graph holds {found:.3f} of the true neighbors, below {key}={least}. "
+            f"Search more widely, or lower {key}."
+        )
 
 
 def _require_inputs(n: int, labels: Array | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from selfsup_ray.artifacts import Array, ShardedArray, begin, finish, require_disk
 from selfsup_ray.cluster.shards import map_shards
-from selfsup_ray.config import NonNegative, Positive, Resources, config
+from selfsup_ray.config import NonNegative, Positive, Resources, Share, config
 from selfsup_ray.data.published import FeatureBlocks, open_rows, sampled_digest
 from selfsup_ray.data.published_graph import (
     StoredGraph,
@@ -22,10 +22,10 @@ from selfsup_ray.data.published_graph import (
     self_column,
     without_column,
 )
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.ops.pca import unit_rows
 from selfsup_ray.stages.embed import Embeddings
-from selfsup_ray.stages.graph import Features, Graph, measure_recall
+from selfsup_ray.stages.graph import Features, Graph, measure_recall, require_recall
 from selfsup_ray.storage import located
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class ImportGraphConfig:
     """Rows of a shard, unless `features` gives its own."""
     recall_sample: Positive = 1000
     """Images whose lists are checked exactly, where the features are given too."""
+    min_recall: Share | None = None
+    """The import stops with an error when the recall is lower; needs the features."""
     seed: NonNegative = 0
     """Chooses those images."""
     resources: Resources = Resources(workers=0)
@@ -82,6 +84,15 @@ def import_features(
     inputs = {"source": sampled_digest(files)}
     if begin(out, stage="embed", config=config, inputs=inputs):
         return Embeddings.open(out)
+    facts = copy_features(files, config, out)
+    seconds = time.monotonic() - began
+    finish(out, stage="embed", config=config, inputs=inputs, seconds=seconds, facts=facts)
+    log.info("import: %s rows, d=%d, %.1f s", f"{facts['images']:,}", facts["dim"], seconds)
+    return Embeddings.open(out)
+
+
+def copy_features(files: Sequence[Path], config: ImportFeaturesConfig, out: Path) -> dict[str, Any]:
+    """Write the arrays `rows`, and `labels` where HDF5 blocks have them; return their facts."""
     n, dim = open_rows(files, dim=config.dim, num_rows=config.rows).shape
     require_disk(out, size_bytes=n * dim * 4)
     rows = _created(out / "rows", n, (dim,), "float32", config.shard_rows)
@@ -91,10 +102,7 @@ def import_features(
         pass
     facts: dict[str, Any] = {"images": n, "dim": dim, "files": [path.name for path in files]}
     facts["labels"] = _import_labels(files, out / "labels", rows)
-    seconds = time.monotonic() - began
-    finish(out, stage="embed", config=config, inputs=inputs, seconds=seconds, facts=facts)
-    log.info("import: %s rows, d=%d, %.1f s", f"{n:,}", dim, seconds)
-    return Embeddings.open(out)
+    return facts
 
 
 def _created(
@@ -122,7 +130,7 @@ def _copy_rows(files: list[Path], out: Path, config: ImportFeaturesConfig, shard
     array.write_shard(shard, unit_rows(rows) if config.normalize else rows)
 
 
-def _import_labels(files: list[Path], out: Path, rows: ShardedArray) -> bool:
+def _import_labels(files: Sequence[Path], out: Path, rows: ShardedArray) -> bool:
     """Write the labels of HDF5 blocks, cut as the rows are; return whether there were any."""
     if files[0].suffix not in (".h5", ".hdf5"):
         return False
@@ -146,6 +154,7 @@ def import_graph(
     The image is found by value, since an exact duplicate may stand before it; a row without it
     gives up its last entry. What is left out is kept in `dropped`, so that the export gives the
     same bytes back. features: the unit rows of the same images; with them the recall is measured.
+    Raises ConfigError when it is below `min_recall`, or that is asked for without features.
     """
     config, out, began = config or ImportGraphConfig(), located(out), time.monotonic()
     path = located(path)
@@ -155,6 +164,11 @@ def import_graph(
     )
     stored = opened()
     n, k = stored.shape
+    if config.min_recall is not None and features is None:
+        raise ConfigError(
+            f"{path}: min_recall={config.min_recall} is asked for, but recall is measured on the "
+            f"features. Give the features of the same images, or leave min_recall out."
+        )
     if k < 2:
         raise ArtifactError(f"{path} lists {k} image a row, itself included: no neighbor is left.")
     if features is not None and len(features.array) != n:
@@ -169,6 +183,7 @@ def import_graph(
     facts: dict[str, Any] = {"file": path.name, "stored_k": k}
     if features is not None:
         facts |= measure_recall(features.array, ids, sample=config.recall_sample, seed=config.seed)
+        require_recall(out, facts["recall"], config.min_recall or 0, key="min_recall")
     seconds = time.monotonic() - began
     finish(out, stage="graph", config=config, inputs=inputs, seconds=seconds, facts=facts)
     return Graph.open(out)

@@ -32,7 +32,7 @@ from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.lowshot import SETUPS
 from selfsup_ray.ops.neighbors import Neighbors
 from selfsup_ray.stages.embed import Embeddings
-from selfsup_ray.stages.graph import Features, Labels, label_array
+from selfsup_ray.stages.graph import Features, Graph, Labels, label_array
 from selfsup_ray.stages.lowshot_choice import Chosen, choose, choose_fusion, rates_of
 from selfsup_ray.stages.lowshot_config import LowShotConfig
 from selfsup_ray.stages.lowshot_data import SetupImages, Sources, held_out, images_of_setups
@@ -153,10 +153,14 @@ def _digest(labels: Array, is_test: Array) -> str:
 
 
 def _folder_fingerprints(config: LowShotConfig) -> str:
-    """Return a digest of the other runs' embeddings; "" when no method uses any."""
+    """Return a digest of the other runs' embeddings and graphs; "" when no method uses any."""
     if "diffusion_background" not in config.methods or not config.background.folders:
         return ""
-    prints = [Embeddings.open(folder.path).fingerprint for folder in config.background.folders]
+    prints = []
+    for folder in config.background.folders:
+        prints.append(Embeddings.open(folder.path).fingerprint)
+        if folder.graph is not None:
+            prints.append(Graph.open(folder.graph).fingerprint)
     return hashlib.sha256(" ".join(prints).encode()).hexdigest()
 
 

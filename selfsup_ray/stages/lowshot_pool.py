@@ -14,7 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array, ShardedArray, read_json, whole_file, write_json
+from selfsup_ray.artifacts import (
+    Array,
+    ShardedArray,
+    read_claim,
+    read_json,
+    whole_file,
+    write_json,
+)
 from selfsup_ray.cluster.neighbors import Search
 from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import Resources
@@ -81,7 +88,10 @@ def open_folder(folder: Path, given: FolderConfig, *, width: int) -> Block:
 
 
 def require_fitting(given: FolderConfig, *, dim: int, width: int) -> None:
-    """Raise ConfigError when another run's rows have another dimension, or its graph others."""
+    """Raise ConfigError when another run's rows have another dimension, or its graph others.
+
+    Which rows a graph was made from is known of one that was built, or imported with its features.
+    """
     rows = Embeddings.open(given.path).array
     if rows.shape[1] != dim:
         raise ConfigError(
@@ -95,6 +105,13 @@ def require_fitting(given: FolderConfig, *, dim: int, width: int) -> None:
         raise ConfigError(
             f"The graph {given.graph} has {len(graph):,} images, but {given.path} has "
             f"{len(rows):,} rows, or they are cut otherwise. Give the graph of exactly these rows."
+        )
+    made_from = read_claim(graph.path / "config.yaml")["inputs"].get("features")
+    has = Embeddings.open(given.path).fingerprint
+    if made_from is not None and made_from != has:
+        raise ConfigError(
+            f"The graph {given.graph} was made from other rows ({made_from[:12]}) than "
+            f"{given.path} holds ({has[:12]}). Give the graph of exactly these rows."
         )
     if graph.k < width:
         raise ConfigError(

@@ -239,6 +239,28 @@ def test_with_the_features_an_imported_graph_has_a_recall(graph: Graph, tmp_path
         import_graph(path, out=tmp_path / "other", features=fewer)
 
 
+def test_an_imported_graph_below_the_wanted_recall_is_an_error(tmp_path: Path):
+    rows = np.random.default_rng(3).normal(size=(40, 6))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    by_nearness = np.argsort(-(rows @ rows.T), axis=1)
+    truth = by_nearness[:, [0, 1, 2, 3, -2, -1]].astype("<i4")  # two of five neighbors are far
+    path = tmp_path / "ndis40_k6_I_11.int32"
+    truth.tofile(path)
+    values = np.take_along_axis(rows @ rows.T, truth, axis=1)
+    values.astype("<f4").tofile(tmp_path / "ndis40_k6_D_11.float32")
+    rows.astype("<f4").tofile(tmp_path / "rows")
+    features = import_features(
+        tmp_path / "rows", ImportFeaturesConfig(dim=6), out=tmp_path / "embed"
+    )
+    low, high = ImportGraphConfig(min_recall=0.3), ImportGraphConfig(min_recall=0.95)
+    with pytest.raises(ConfigError, match=r"true neighbors, below min_recall=0.95"):
+        import_graph(path, high, out=tmp_path / "high", features=features)
+    with pytest.raises(ConfigError, match=r"min_recall=0.3 is asked for, but recall is measured"):
+        import_graph(path, low, out=tmp_path / "none")
+    assert 0.3 < import_graph(path, low, out=tmp_path / "low", features=features).recall < 0.95
+    assert import_graph(path, out=tmp_path / "unmeasured").recall is None
+
+
 def test_an_interrupted_import_keeps_its_shards(tmp_path: Path):
     path, _ = published(tmp_path, 12)
     config, out = ImportGraphConfig(shard_rows=60), tmp_path / "graph"

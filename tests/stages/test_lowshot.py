@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from selfsup_ray.artifacts import Array, ShardedArray, begin, finish, read_done
 from selfsup_ray.config import Resources, build, override
-from selfsup_ray.errors import ArtifactError
+from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.stages import lowshot_pool
 from selfsup_ray.stages.embed import EmbedConfig, Embeddings
 from selfsup_ray.stages.graph import GraphConfig, build_graph
@@ -310,6 +311,24 @@ def test_background_of_another_run_with_its_graph_is_the_same_as_searched(
         sizes = len(np.load(made.path / "val" / "background" / "images.npy"))
         assert sizes == len(rows) + sum(labels >= 0) - _tested_and_novel(made, labels)
     assert found["searched"] == found["graph"]
+    shutil.rmtree(graph.path)
+    build_graph(other, GraphConfig(k=10, resources=Resources(workers=0)), out=graph.path)
+    with pytest.raises(ArtifactError, match="was built from another background"):
+        low_shot(features, labels, config, out=tmp_path / "graph")
+
+
+def test_the_graph_of_other_rows_than_the_background_has_is_an_error(
+    tmp_path: Path, features: Embeddings
+):
+    rows, labels = mixture()
+    other = write_embeddings(tmp_path / "other", rows[::-1].copy())
+    third = write_embeddings(tmp_path / "third", rows, encoder="two")
+    config = GraphConfig(k=9, resources=Resources(workers=0))
+    graph = build_graph(third, config, out=tmp_path / "g")
+    folders = [{"path": str(other.path), "graph": str(graph.path)}]
+    asked = settings(methods=["diffusion_background"], **{"background.folders": folders})
+    with pytest.raises(ConfigError, match="was made from other rows"):
+        low_shot(features, labels, asked, out=tmp_path / "lowshot")
 
 
 def _tested_and_novel(made: LowShot, labels: Array) -> int:
