@@ -6,6 +6,7 @@ the bits of a column do not depend on the others, nor on the number of threads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -78,6 +79,30 @@ def column_width(classes: int) -> int:
 def spread_bytes(nodes: int, classes: int, *, dtype: str) -> int:
     """Return the memory of a Spread: two copies of L and two flags a node."""
     return nodes * (2 * column_width(classes) * (2 if dtype == "bfloat16" else 4) + 2)
+
+
+def class_ranges(
+    num_classes: int,
+    nodes: int,
+    *,
+    dtype: str,
+    memory_bytes: int,
+    widest: int,
+    together: bool = False,
+) -> list[tuple[int, int]]:
+    """Return class ranges of about equal width whose Spread fits `memory_bytes`; [] if none does.
+
+    widest: classes of a range at most. together: all classes are one range, since rows are
+    normalised over them.
+    """
+    widths = [num_classes] if together else range(column_width(min(widest, num_classes)), 0, -16)
+    for width in widths:
+        if spread_bytes(nodes, width, dtype=dtype) <= memory_bytes:
+            num = math.ceil(num_classes / width)
+            each = column_width(math.ceil(num_classes / num))
+            starts = range(0, num_classes, each)
+            return [(first, min(first + each, num_classes)) for first in starts]
+    return []
 
 
 def scales(totals: Array, normalize: bool = True) -> Array:

@@ -27,10 +27,10 @@ from selfsup_ray.config import (
     Resources,
     config,
 )
-from selfsup_ray.errors import ConfigError
+from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.ops.diffusion import DiffusionOptions
 from selfsup_ray.stages.diffuse_blocks import block_results
-from selfsup_ray.stages.diffuse_results import Job, Results, save, write_results
+from selfsup_ray.stages.diffuse_results import Job, Results, Stop, save, step_folder, write_results
 from selfsup_ray.stages.diffuse_rows import row_results
 from selfsup_ray.stages.graph import Graph, Labels, label_array
 from selfsup_ray.storage import located, remove_tree
@@ -81,11 +81,27 @@ _OPTIONS = (
 
 
 @config
+class StopConfig:
+    """When to stop before `niter` steps; the result is the best step."""
+
+    patience: Positive
+    """Steps without improvement after which it stops."""
+    by: Literal["certainty", "accuracy"] = "certainty"
+    """`certainty` needs no labels: the mean over sampled images of 1 - entropy / log C, 0 where no
+    label arrived; it rises as labels spread and falls as they wash out. `accuracy` is that on half
+    of the hidden labels of `labels_per_class`; the other half is what is reported."""
+
+
+@config
 class DiffuseConfig:
     """How labels spread."""
 
     niter: NonNegative = 3
     """Steps; more as there are fewer labels and more images (published: 1 to 7)."""
+    stop: StopConfig | None = None
+    """Stop earlier, at the best step. With several blocks of classes all steps are made first."""
+    keep_steps: Literal["last", "all"] | tuple[NonNegative, ...] = "last"
+    """Steps whose classes and scores are kept too, in `steps/`, of those that were made."""
     labels_per_class: Positive | None = None
     """Hide all labels but so many of each class, to measure low-shot accuracy on the rest."""
     top: Positive = 5
@@ -117,6 +133,16 @@ class DiffuseConfig:
             raise ValueError(
                 "`mode` is rows, which knows of `operator` only reciprocal and min_similarity; "
                 "use mode=classes for the others"
+            )
+        if isinstance(self.keep_steps, tuple) and max(self.keep_steps, default=0) > self.niter:
+            raise ValueError(
+                f"`keep_steps` has {max(self.keep_steps)}, beyond the last step, "
+                f"`niter`={self.niter}; raise that"
+            )
+        if self.stop and self.stop.by == "accuracy" and self.labels_per_class is None:
+            raise ValueError(
+                "`stop.by` is accuracy, which needs hidden labels; set `labels_per_class`, or "
+                "stop.by=certainty"
             )
         if self.dtype == "bfloat16" and not options.is_constant:
             raise ValueError(
@@ -161,6 +187,19 @@ class Diffusion:
         value = self.facts.get("accuracy")
         return None if value is None else float(value)
 
+    def step(self, t: int) -> Diffusion:
+        """Return classes and scores of a step that `keep_steps` kept.
+
+        Raises ArtifactError when it did not.
+        """
+        folder = step_folder(self.path, t)
+        if not folder.exists():
+            raise ArtifactError(
+                f"{self.path} has not kept step {t}. Diffuse again into another folder with "
+                f"diffuse.keep_steps=[{t}], or all; of a run that stopped earlier there is none."
+            )
+        return Diffusion(folder)
+
     @property
     def all_scores(self) -> ShardedArray | None:
         """(N, C) float32 scores of all classes, where `full_scores` was set."""
@@ -191,16 +230,16 @@ def diffuse(
         return Diffusion.open(out)
     job = _job(graph, known, config, out)
     results = row_results(job) if config.mode == "rows" else block_results(job)
-    steps = _step_facts(results, known, job)
+    steps = _step_facts(results, job)
     write_results(results, job)
     write_json(out / "steps.json", steps)
     facts = {
         "images": len(graph),
         "classes": job.num_classes,
         "seeds": int((job.seeds >= 0).sum()),
-        "niter": config.niter,
+        "niter": results.chosen(job),
         "steps": steps,
-        **_headline(steps[-1]),
+        **_headline(steps[results.chosen(job)]),
     }
     seconds = time.monotonic() - began
     finish(out, stage="diffuse", config=config, inputs=inputs, seconds=seconds, facts=facts)
@@ -226,10 +265,22 @@ def _job(graph: Graph, known: Array, config: DiffuseConfig, out: Path) -> Job:
     seeds = choose_seeds(known, config.labels_per_class, seed=config.seed)
     num_classes = int(known.max()) + 1
     top = min(config.top, num_classes)
-    size = len(graph) * (top * 16 + 4 + 4 * num_classes * 2 * config.full_scores)
+    each = len(graph) * (top * 16 + 4 + 4 * num_classes * 2 * config.full_scores)
+    kept = 0 if config.keep_steps == "last" else config.niter + 1
+    size = each * (1 + max(kept, (config.niter + 1) * (config.stop is not None)))
     require_disk(out, size_bytes=size + len(graph) * (graph.k * 7 + 30))
     save(out / "seeds.npy", seeds)
-    save(out / "watched.npy", np.flatnonzero((known >= 0) & (seeds < 0)))
+    watched = np.flatnonzero((known >= 0) & (seeds < 0))
+    save(out / "watched.npy", watched)
+    save(out / "watched_labels.npy", known[watched])
+    stop = config.stop
+    if stop is not None and stop.by == "accuracy" and len(watched) < 2:
+        raise ConfigError(
+            f"diffuse: {len(watched)} labels are hidden, too few for diffuse.stop.by=accuracy. "
+            f"Lower diffuse.labels_per_class, or set diffuse.stop.by=certainty."
+        )
+    every = tuple(range(config.niter + 1))
+    keep: Any = {"all": every, "last": ()}.get(str(config.keep_steps), config.keep_steps)
     return Job(
         out=out.absolute(),
         graph=graph.path.absolute(),
@@ -243,6 +294,8 @@ def _job(graph: Graph, known: Array, config: DiffuseConfig, out: Path) -> Job:
         seed=config.seed,
         memory_bytes=int(config.memory_gb * 1e9),
         resources=config.resources,
+        keep=tuple(keep),
+        stop=None if stop is None else Stop(stop.by, stop.patience),
     )
 
 
@@ -262,15 +315,14 @@ def choose_seeds(known: Array, per_class: int | None, *, seed: int) -> Array:
     return seeds
 
 
-def _step_facts(results: Results, known: Array, job: Job) -> list[dict[str, Any]]:
+def _step_facts(results: Results, job: Job) -> list[dict[str, Any]]:
     """Return what is known of every step: without labels, and accuracy on watched images."""
     steps = []
-    truth = known[job.watched]
-    for t in range(job.niter + 1):
+    for t in range(len(results.mass)):
         step: dict[str, Any] = results.label_free(t)
-        if len(truth):
-            step["accuracy"] = float((results.watched_classes[t] == truth).mean())
-        steps.append(step)
+        if job.stop is not None and job.stop.by == "certainty":
+            step["certainty"] = results.certainty(t, job.num_classes)
+        steps.append(step | results.accuracies(t, job.truth, job.stop))
     return steps
 
 

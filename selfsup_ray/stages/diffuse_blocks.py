@@ -6,7 +6,6 @@ they share the memory-mapped graph of their node.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.errors import ResourceError
 from selfsup_ray.ops.adjacency import Adjacency
 from selfsup_ray.ops.diffusion import spread
-from selfsup_ray.ops.spreading import Spread, column_width, spread_bytes
+from selfsup_ray.ops.spreading import Spread, class_ranges, spread_bytes
 from selfsup_ray.stages.diffuse_results import Job, Results, entropy_sums, prepare, save
 
 WIDEST = {"float32": 128, "bfloat16": 256}
@@ -30,19 +29,21 @@ def class_blocks(job: Job, nodes: int) -> list[tuple[int, int]]:
 
     Raises ResourceError when not even 16 classes fit.
     """
-    if job.options.sinkhorn:  # rows are normalised over all classes
-        widths = [job.num_classes]
-    else:
-        widths = list(range(WIDEST[job.dtype], 0, -16))
-    for width in widths:
-        if spread_bytes(nodes, width, dtype=job.dtype) <= job.memory_bytes:
-            num = math.ceil(job.num_classes / width)
-            each = column_width(math.ceil(job.num_classes / num))
-            starts = range(0, job.num_classes, each)
-            return [(first, min(first + each, job.num_classes)) for first in starts]
-    needed = spread_bytes(nodes, widths[-1], dtype=job.dtype) / 1e9
+    together = job.options.sinkhorn > 0
+    ranges = class_ranges(
+        job.num_classes,
+        nodes,
+        dtype=job.dtype,
+        memory_bytes=job.memory_bytes,
+        widest=WIDEST[job.dtype],
+        together=together,
+    )
+    if ranges:
+        return ranges
+    least = job.num_classes if together else 16
+    needed = spread_bytes(nodes, least, dtype=job.dtype) / 1e9
     raise ResourceError(
-        f"diffuse: {widths[-1]} classes on {nodes:,} images take {needed:.1f} GB, but "
+        f"diffuse: {least} classes on {nodes:,} images take {needed:.1f} GB, but "
         f"diffuse.memory_gb is {job.memory_bytes / 1e9:g}. Raise it, or set diffuse.mode=rows."
     )
 
@@ -85,15 +86,27 @@ class _Block:
             if t:
                 state.step()
             watch.note(state)
+            if job.needs(t):
+                self._keep(state, graph, kept_folder(folder, t), min(job.top, stop - first))
+            if len(self.blocks) == 1 and watch.has_ended(job):
+                break
+        watch.save(folder / "facts.npz")
+
+    def _keep(self, state: Spread, graph: Adjacency, folder: Path, top: int) -> None:
+        """Write the scores of the state's step, by image."""
         # In the order of places, where rows lie; then only the few best are moved.
-        best = state.top(np.arange(len(graph)), min(job.top, stop - first))
+        best = state.top(np.arange(len(graph)), top)
         at = _places(graph, np.arange(len(graph)))
         for name, values in zip(("classes", "scores"), best, strict=True):
             save(folder / f"{name}.npy", values[at])
-        if job.full:
+        if self.job.full:
             rows = [state.sums(at[a : a + _ROWS, None]) for a in range(0, len(at), _ROWS)]
             save(folder / "all_scores.npy", np.concatenate(rows))
-        watch.save(folder / "facts.npz")
+
+
+def kept_folder(folder: Path, t: int) -> Path:
+    """Return where a block keeps the scores of a step."""
+    return folder / f"{t:03d}"
 
 
 def _places(graph: Adjacency, images: Array) -> Array:
@@ -119,10 +132,19 @@ class _Watch:
         best = (classes[self.back, 0], scores[self.back, 0])
         self.steps.append((state.mass, totals, logs, *best))
 
-    def save(self, path: Path) -> None:
+    def _columns(self) -> dict[str, Array]:
         names = ("mass", "totals", "logs", "classes", "scores")
         columns = zip(names, zip(*self.steps, strict=True), strict=True)
-        save_named(path, {name: np.stack(values) for name, values in columns})
+        return {name: np.stack(values) for name, values in columns}
+
+    def has_ended(self, job: Job) -> bool:
+        """Return whether a block of all classes may stop here."""
+        if job.stop is None:
+            return False
+        return job.stop.has_ended(_results([self._columns()], [], job).stop_scores(job))
+
+    def save(self, path: Path) -> None:
+        save_named(path, self._columns())
 
 
 def save_named(path: Path, arrays: dict[str, Array]) -> None:
@@ -137,6 +159,10 @@ def _together(folders: list[Path], job: Job) -> Results:
     for folder in folders:
         with np.load(folder / "facts.npz") as stored:
             parts.append({name: stored[name] for name in stored.files})
+    return _results(parts, folders, job)
+
+
+def _results(parts: list[dict[str, Array]], folders: list[Path], job: Job) -> Results:
     scores = np.stack([part["scores"] for part in parts])  # (blocks, steps, n_w)
     best = scores.argmax(axis=0)[None]  # the first of equals: the lower class
     classes = np.take_along_axis(np.stack([part["classes"] for part in parts]), best, axis=0)[0]
@@ -158,12 +184,8 @@ class _Best:
     folders: list[Path]
     top: int
 
-    def __call__(self, images: Array) -> tuple[Array, Array]:
-        part = slice(int(images[0]), int(images[-1]) + 1) if len(images) else slice(0, 0)
-        stored = [
-            [np.load(folder / f"{name}.npy", mmap_mode="r")[part] for folder in self.folders]
-            for name in ("classes", "scores")
-        ]
+    def __call__(self, t: int, images: Array) -> tuple[Array, Array]:
+        stored = [_stored(self.folders, t, name, images) for name in ("classes", "scores")]
         classes, scores = (np.concatenate(values, axis=1) for values in stored)
         # Stable, and lower classes come first: ties go to them.
         order = np.argsort(-scores, axis=1, kind="stable")[:, : self.top]
@@ -174,7 +196,12 @@ class _Best:
 class _AllScores:
     folders: list[Path]
 
-    def __call__(self, images: Array) -> Array:
-        part = slice(int(images[0]), int(images[-1]) + 1) if len(images) else slice(0, 0)
-        stored = [np.load(f / "all_scores.npy", mmap_mode="r")[part] for f in self.folders]
-        return np.concatenate(stored, axis=1)
+    def __call__(self, t: int, images: Array) -> Array:
+        return np.concatenate(_stored(self.folders, t, "all_scores", images), axis=1)
+
+
+def _stored(folders: list[Path], t: int, name: str, images: Array) -> list[Array]:
+    """Return the rows of consecutive images that each block kept of a step."""
+    part = slice(int(images[0]), int(images[-1]) + 1) if len(images) else slice(0, 0)
+    paths = [kept_folder(folder, t) / f"{name}.npy" for folder in folders]
+    return [np.load(path, mmap_mode="r")[part] for path in paths]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,10 +23,31 @@ from selfsup_ray.ops.diffusion import DiffusionOptions, weighted_adjacency
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.stages.graph import Graph
 
-Best = Callable[[Array], tuple[Array, Array]]
-"""Image ids -> classes and scores of the last step, both (n, top), best first."""
-AllScores = Callable[[Array], Array]
-"""Image ids -> (n, C) float32 scores of the last step."""
+Best = Callable[[int, Array], tuple[Array, Array]]
+"""A kept step, image ids -> classes and scores, both (n, top), best first."""
+AllScores = Callable[[int, Array], Array]
+"""A kept step, image ids -> (n, C) float32 scores."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Whose best step is the result, once `patience` further ones brought nothing better."""
+
+    by: Literal["certainty", "accuracy"]
+    patience: int
+
+    def best(self, scores: Sequence[float]) -> int:
+        """Return the best of the steps that count: the first of equals."""
+        best = 0
+        for t, score in enumerate(scores):
+            if t - best > self.patience:
+                break
+            best = t if score > scores[best] else best
+        return best
+
+    def has_ended(self, scores: Sequence[float]) -> bool:
+        """Return whether later steps count no more."""
+        return len(scores) - 1 - self.best(scores) >= self.patience
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,13 @@ class Job:
     seed: int
     memory_bytes: int
     resources: Resources
+    keep: tuple[int, ...]
+    """Steps whose scores are kept beside the result's."""
+    stop: Stop | None
+
+    def needs(self, t: int) -> bool:
+        """Whether the scores of step t may be asked for in the end."""
+        return t in self.keep or (t == self.niter if self.stop is None else True)
 
     @property
     def threads(self) -> int:
@@ -65,6 +93,11 @@ class Job:
     def watched(self) -> Array:
         """(n_w,) images whose best class of every step is noted: known, but no seeds."""
         return np.load(self.out / "watched.npy")  # type: ignore[no-any-return]
+
+    @property
+    def truth(self) -> Array:
+        """(n_w,) labels of the watched images, which measure and, by `stop`, choose a step."""
+        return np.load(self.out / "watched_labels.npy")  # type: ignore[no-any-return]
 
     @property
     def parts(self) -> Path:
@@ -129,6 +162,38 @@ class Results:
     best: Best
     rows: AllScores | None
 
+    def chosen(self, job: Job) -> int:
+        """Return the step whose scores are the result: the last, or the best by `job.stop`."""
+        if job.stop is None:
+            return len(self.mass) - 1
+        return job.stop.best(self.stop_scores(job))
+
+    def stop_scores(self, job: Job) -> list[float]:
+        """Return what `job.stop` compares, of every step."""
+        assert job.stop is not None
+        steps = range(len(self.mass))
+        if job.stop.by == "certainty":
+            return [self.certainty(t, job.num_classes) for t in steps]
+        facts = [self.accuracies(t, job.truth, job.stop) for t in steps]
+        return [step["validation_accuracy"] for step in facts]
+
+    def certainty(self, t: int, num_classes: int) -> float:
+        """Return the mean over sampled images of 1 - entropy / log C, 0 where no label arrived."""
+        facts, most = self.label_free(t), float(np.log(max(num_classes, 2)))
+        return facts["coverage"] * (1 - facts["entropy"] / most)
+
+    def accuracies(self, t: int, truth: Array, stop: Stop | None) -> dict[str, float]:
+        """Return the accuracy on watched images; on half of them where the others choose."""
+        if not len(truth):
+            return {}
+        hits = self.watched_classes[t] == truth
+        if stop is None or stop.by != "accuracy":
+            return {"accuracy": float(hits.mean())}
+        return {
+            "accuracy": float(hits[1::2].mean()),
+            "validation_accuracy": float(hits[::2].mean()),
+        }
+
     def label_free(self, t: int) -> dict[str, float]:
         """Return facts of step t that need no labels.
 
@@ -161,7 +226,21 @@ def save(path: Path, values: Array) -> None:
 
 
 def write_results(results: Results, job: Job) -> None:
-    """Write predictions, classes and scores, cut at the shards of the graph."""
+    """Write predictions, classes and scores of the result and of every kept step."""
+    last = len(results.mass) - 1
+    _write_step(results, job, results.chosen(job), job.out)
+    for t in job.keep:
+        if t <= last:
+            _write_step(results, job, t, step_folder(job.out, t))
+
+
+def step_folder(out: Path, t: int) -> Path:
+    """Return where the scores of a kept step are."""
+    return out / "steps" / f"{t:03d}"
+
+
+def _write_step(results: Results, job: Job, t: int, out: Path) -> None:
+    """Write the arrays of one step, cut at the shards of the graph."""
     ids = Graph.open(job.graph).ids
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "classes": ((job.top,), "int32"),
@@ -171,10 +250,9 @@ def write_results(results: Results, job: Job) -> None:
     if results.rows is not None:
         shapes["all_scores"] = ((job.num_classes,), "float32")
     for name, (shape, dtype) in shapes.items():
-        ShardedArray.create(job.out / name, shard_rows=ids.shard_rows, row_shape=shape, dtype=dtype)
-    last = ShardedArray.open(job.out / "predictions")
-    missing = last.unwritten()
-    write = _Writer(results.best, results.rows, job)
+        ShardedArray.create(out / name, shard_rows=ids.shard_rows, row_shape=shape, dtype=dtype)
+    missing = ShardedArray.open(out / "predictions").unwritten()
+    write = _Writer(results.best, results.rows, job, t, out)
     for _ in map_shards(write, missing, _cpus(job.resources), label="diffuse"):
         pass
 
@@ -188,17 +266,20 @@ class _Writer:
     best: Best
     all_scores: AllScores | None
     job: Job
+    t: int
+    out: Path
 
     def __call__(self, shard: int) -> None:
         """Write one shard of every array; predictions come last."""
-        out = self.job.out
+        out = self.out
         arrays = {name: ShardedArray.open(out / name) for name in ("classes", "scores")}
         predictions = ShardedArray.open(out / "predictions")
         start, stop = predictions.offsets[shard], predictions.offsets[shard + 1]
         images = np.arange(start, stop)
         if self.all_scores is not None:
-            ShardedArray.open(out / "all_scores").write_shard(shard, self.all_scores(images))
-        classes, scores = self.best(images)
+            rows = self.all_scores(self.t, images)
+            ShardedArray.open(out / "all_scores").write_shard(shard, rows)
+        classes, scores = self.best(self.t, images)
         arrays["classes"].write_shard(shard, classes)
         arrays["scores"].write_shard(shard, scores)
         seeds = self.job.seeds[start:stop]

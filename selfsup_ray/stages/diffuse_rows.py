@@ -37,9 +37,11 @@ def row_results(job: Job) -> Results:
     for t in range(job.niter + 1):
         _each(rows.make, rows.missing(t, "sums.npy"), t, job)
         _each(rows.read, rows.missing(t, "facts.npz"), t, job)
-        if t:
+        if t and not job.needs(t - 1):
             remove_tree(rows.folder(t - 1) / "labels")
-    return _together(rows)
+        if job.stop and job.stop.has_ended(_together(rows, t).stop_scores(job)):
+            return _together(rows, t)
+    return _together(rows, job.niter)
 
 
 def renumbered(ids: Array) -> tuple[Array, Array]:
@@ -211,8 +213,8 @@ class ByRows:
         return np.concatenate(classes), np.concatenate(scores)
 
 
-def _together(rows: ByRows) -> Results:
-    job, steps = rows.job, range(rows.job.niter + 1)
+def _together(rows: ByRows, last: int) -> Results:
+    job, steps = rows.job, range(last + 1)
     sampled, watched = len(job.sampled()), len(job.watched)
     totals, logs = (np.zeros((len(steps), sampled)) for _ in range(2))
     classes = np.full((len(steps), watched), -1, np.int32)
@@ -245,8 +247,8 @@ def _in_order(rows: ByRows, images: Array) -> tuple[Array, Array]:
 class _Best:
     rows: ByRows
 
-    def __call__(self, images: Array) -> tuple[Array, Array]:
-        rows, t = self.rows, self.rows.job.niter
+    def __call__(self, t: int, images: Array) -> tuple[Array, Array]:
+        rows = self.rows
         places, back = _in_order(rows, images)
         classes, scores = rows.best(t, places, rows.scale(t), rows.job.top)
         return classes[back], scores[back]
@@ -256,7 +258,7 @@ class _Best:
 class _AllScores:
     rows: ByRows
 
-    def __call__(self, images: Array) -> Any:
-        rows, t = self.rows, self.rows.job.niter
+    def __call__(self, t: int, images: Array) -> Any:
+        rows = self.rows
         places, back = _in_order(rows, images)
         return rows.values(t, places, rows.scale(t))[back]
