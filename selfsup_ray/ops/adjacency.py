@@ -18,6 +18,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from selfsup_ray.artifacts import Array, ShardedArray
+    from selfsup_ray.ops.completion import Patched
 
 _CHUNK_ROWS = 65536
 _SORTED_BYTES = 16 * 2**30
@@ -94,8 +95,8 @@ def inverse(order: Array) -> Array:
 class Links:
     """Neighbor lists to build from: ids (N, k), -1 = none; links less similar than `least` go."""
 
-    ids: Array | ShardedArray
-    similarity: Array | ShardedArray | None = None
+    ids: Array | ShardedArray | Patched
+    similarity: Array | ShardedArray | Patched | None = None
     least: float | None = None
 
     def __len__(self) -> int:

@@ -9,10 +9,11 @@ recognised by the sign of a similarity.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array
+from selfsup_ray.artifacts import Array, ShardedArray
 from selfsup_ray.ops.neighbors import Neighbors, drop_self, exact_topk, pair_similarity
 
 TILE = 4096
@@ -75,23 +76,72 @@ def with_rows_both(
 
 
 def completed(
-    shards: Iterable[tuple[Neighbors, Array]], new: Array, *, k: int
+    shards: Iterable[tuple[Neighbors, Array]], new: Array, *, k: int, num_old: int
 ) -> Iterator[Neighbors]:
     """Yield the lists of every shard of the old rows after `new` (m, d) were added; last the new's.
 
-    shards: (lists (n, k), rows (n, d)) of the old rows in order, complete among themselves. The
-    work is the product of old and new rows: what all runs share is in the shards' lists.
+    shards: (lists (n, k), rows (n, d)) of the num_old old rows in order, complete among
+    themselves; one is held at a time. The work is the product of old and new rows: what all runs
+    share is in the shards' lists.
     """
-    stored = list(shards)
-    total = sum(len(rows) for _, rows in stored)
-    new_lists, first = own_lists(new, k=k, first=total), 0
-    for lists, rows in stored:
+    new_lists, first = own_lists(new, k=k, first=num_old), 0
+    for lists, rows in shards:
         lists, new_lists = with_rows_both(
-            lists, rows, new_lists, new, first_old=first, first_new=total
+            lists, rows, new_lists, new, first_old=first, first_new=num_old
         )
         first += len(rows)
         yield lists
+    assert first == num_old, f"{first} old rows came, {num_old} were announced"
     yield new_lists
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Stored rows (N, >= width) with some replaced and others after them; read like a ShardedArray.
+
+    rows: (r,) the replaced ones, ascending; values: (r, width) in their place; added: (m, width),
+    the last shard. The stored rows stay where they are, mapped.
+    """
+
+    stored: ShardedArray
+    rows: Array
+    values: Array
+    added: Array
+
+    def __len__(self) -> int:
+        return len(self.stored) + len(self.added)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N + m, width)."""
+        return len(self), int(self.added.shape[1])
+
+    @property
+    def num_shards(self) -> int:
+        """Shards, the added rows among them."""
+        return self.stored.num_shards + 1
+
+    @property
+    def offsets(self) -> Array:
+        """First row of each shard, and the number of rows."""
+        return np.append(self.stored.offsets, len(self))
+
+    def shard(self, i: int) -> Array:
+        """Return the rows of one shard: a new array, or a view where nothing is replaced."""
+        if i == self.stored.num_shards:
+            return self.added
+        first, stop = self.stored.offsets[i], self.stored.offsets[i + 1]
+        a, b = np.searchsorted(self.rows, [first, stop])
+        kept: Array = self.stored.shard(i)[:, : self.added.shape[1]]
+        if a == b:
+            return kept
+        made = np.array(kept)
+        made[self.rows[a:b] - first] = self.values[a:b]
+        return made
+
+    def whole(self) -> Array:
+        """Return all rows in memory."""
+        return np.concatenate([self.shard(i) for i in range(self.num_shards)])
 
 
 def _copied(lists: Neighbors) -> Neighbors:

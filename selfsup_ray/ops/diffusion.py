@@ -133,20 +133,51 @@ def diffuse_scores(
     graph = make_adjacency(
         ids, similarity, order=order, threads=threads, device=device, options=options
     )
-    place, seeds = graph.place, np.asarray(seeds)
-    near = np.asarray(test_ids)
-    if place is not None:
-        near = np.where(near >= 0, place[near], -1)
-        seeds = seeds[graph.order]
-    state = spread(
+    yield from spread_scores(
         graph,
         seeds,
+        test_ids,
         first=0,
         stop=num_classes,
+        niter=niter,
         threads=threads,
         dtype=dtype,
         device=device,
         variant=options.variant,
+    )
+
+
+def spread_scores(
+    graph: Adjacency,
+    seeds: Array,
+    test_ids: Array,
+    *,
+    first: int,
+    stop: int,
+    niter: int,
+    threads: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+    variant: Variant | None = None,
+) -> Iterator[Array]:
+    """Yield the (n_t, stop - first) scores T L_t of the classes [first, stop) for t = 0..niter.
+
+    seeds, test_ids: as in `diffuse_scores`. Columns do not depend on the others of the range,
+    unless the variant normalises rows (`sinkhorn`).
+    """
+    near, seeds = np.asarray(test_ids), np.asarray(seeds)
+    if graph.place is not None:
+        near = np.where(near >= 0, graph.place[near], -1)
+        seeds = seeds[graph.order]
+    state = spread(
+        graph,
+        seeds,
+        first=first,
+        stop=stop,
+        threads=threads,
+        dtype=dtype,
+        device=device,
+        variant=variant,
     )
     for t in range(niter + 1):
         if t:

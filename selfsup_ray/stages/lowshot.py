@@ -34,16 +34,17 @@ from selfsup_ray.ops.neighbors import Neighbors
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Features, Graph, Labels, label_array
 from selfsup_ray.stages.lowshot_choice import Chosen, choose, choose_fusion, rates_of
-from selfsup_ray.stages.lowshot_config import LowShotConfig
+from selfsup_ray.stages.lowshot_config import FolderConfig, LowShotConfig
 from selfsup_ray.stages.lowshot_data import SetupImages, Sources, held_out, images_of_setups
+from selfsup_ray.stages.lowshot_diffusion import ranges_that_fit
 from selfsup_ray.stages.lowshot_pool import (
     Block,
     open_folder,
     require_fitting,
-    search_block,
     write_block,
     write_pool,
 )
+from selfsup_ray.stages.lowshot_search import Nearest, require_search_memory, write_lists
 from selfsup_ray.stages.lowshot_table import (
     mean_curves,
     table,
@@ -51,9 +52,9 @@ from selfsup_ray.stages.lowshot_table import (
     write_seconds,
     write_tables,
 )
-from selfsup_ray.stages.lowshot_units import Unit, Work, save_images
+from selfsup_ray.stages.lowshot_units import POOLS, Unit, Work, save_images
 from selfsup_ray.stages.reduce import Reduced
-from selfsup_ray.storage import located
+from selfsup_ray.storage import local_beside, located, remove_tree
 
 if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
@@ -118,6 +119,7 @@ def low_shot(
     is_test = held_out(known, config, sources)
     images = images_of_setups(known, is_test, config, class_names=class_names)
     background = _background_ids(images, known, is_test, config, features)
+    _require_memory(images, background, features, config)
     inputs = {"features": features.fingerprint, "labels": _digest(known, is_test)}
     if linear_features is not None:
         inputs["linear"] = linear_features.fingerprint
@@ -195,6 +197,34 @@ def _background_ids(
     return found
 
 
+def _folder_rows(config: LowShotConfig) -> dict[FolderConfig, int]:
+    """Return the rows of every background folder; none when no method uses any."""
+    if "diffusion_background" not in config.methods:
+        return {}
+    return {given: len(Embeddings.open(given.path)) for given in config.background.folders}
+
+
+def _require_memory(
+    images: Mapping[str, SetupImages],
+    background: Mapping[str, Array],
+    features: Features,
+    config: LowShotConfig,
+) -> None:
+    """Raise ResourceError unless labels and searched rows fit `memory_gb`."""
+    memory, folders = int(config.memory_gb * 1e9), _folder_rows(config)
+    searched = [n for given, n in folders.items() if given.graph is None]
+    for name, made in images.items():
+        new = max(config.shots) * int(made.setup.is_novel.sum())
+        nodes = len(made.base) + len(background[name]) + sum(folders.values()) + new
+        if POOLS.keys() & set(config.methods):
+            options = config.diffusion.options
+            ranges_that_fit(made.setup.num_classes, nodes, options, memory_bytes=memory)
+        searched += [len(made.base), len(background[name])]
+    dim = features.array.shape[1]
+    for n in searched:
+        require_search_memory(n, dim, config.search, config.resources, memory_bytes=memory)
+
+
 def _require_room(
     out: Path,
     images: Mapping[str, SetupImages],
@@ -202,12 +232,13 @@ def _require_room(
     features: Features,
     config: LowShotConfig,
 ) -> None:
-    """Raise ArtifactError unless the disk has room for the rows and lists of the shared nodes."""
+    """Raise ArtifactError unless the disk has room for shared rows and lists, and for the runs."""
     row, lists = features.array.shape[1] * 4, (config.k - 1) * 8
-    others = sum(len(Embeddings.open(folder.path)) for folder in config.background.folders)
-    others *= "diffusion_background" in config.methods
+    others = sum(_folder_rows(config).values())
     nodes = {name: len(made.base) + len(background[name]) for name, made in images.items()}
     wanted = sum(n * (row + 2 * lists) + others * 2 * lists for n in nodes.values())
+    # A run's adjacency: every link both ways at most, 4 bytes each.
+    wanted += max(1, config.resources.workers) * (max(nodes.values()) + others) * lists
     require_disk(out, size_bytes=wanted)
 
 
@@ -250,13 +281,14 @@ def _write_pools(
     ask: dict[str, Any] = {"width": width, "resources": config.resources}
     queries = source.rows(images.test_ids)
 
-    def nearest(block: Block, k: int) -> Neighbors:
-        return search_block(block, queries, k=k, resources=config.resources)
+    def nearest(block: Block, k: int, name: str) -> Neighbors:
+        write_lists(block, config.search, config.resources)
+        return Nearest(folder / "nearest" / name, block, k).run(queries, config.resources)
 
     places = images.base
     base_ids, base_classes = images.train_ids[places], images.train_classes[places]
     base = write_block(folder / "base_block", source, base_ids, base_classes, width=width)
-    in_base = nearest(base, config.widest)
+    in_base = nearest(base, config.widest, "base")
     write_pool(folder / "base", [base], [in_base], k=config.widest, **ask)
     if not wants_background:
         return
@@ -267,7 +299,8 @@ def _write_pools(
     if len(background):
         place, unknown = folder / "background_block", np.full(len(background), -1, np.int64)
         blocks.append(write_block(place, source, background, unknown, width=width))
-    tests = [*(nearest(block, config.k) for block in blocks), in_base]
+    tests = [nearest(block, config.k, str(i)) for i, block in enumerate(blocks)]
+    tests.append(in_base)
     write_pool(folder / "background", [*blocks, base], tests, k=config.k, **ask)
 
 
@@ -297,6 +330,7 @@ def _run_units(
         )
         both = {**chosen[n].validation, **validation}
         chosen[n] = replace(chosen[n], fusion=fusion, validation=both)
+    remove_tree(local_beside(out) / "scratch")
     write_seconds(out / "seconds.csv", {"explore": explore.seconds(), "final": work.seconds()})
     return explored, final, chosen
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from selfsup_ray.cluster.methods import ExactConfig
 from selfsup_ray.config import (
     NonNegative,
     NonNegativeFloat,
@@ -16,6 +17,7 @@ from selfsup_ray.config import (
     config,
 )
 from selfsup_ray.ops.diffusion import DiffusionOptions
+from selfsup_ray.stages.graph import GraphMethod
 from selfsup_ray.storage import Place
 
 Method = Literal[
@@ -105,6 +107,7 @@ class OperatorConfig:
     """Variants of the diffusion; the defaults are the published method (spec 2.6)."""
 
     weights: Literal["constant", "gaussian"] = "constant"
+    """`gaussian`, and a `tau` other than 1, hold the graph in memory whole, 30 bytes a link."""
     sigma: PositiveFloat = 0.5
     """Width of the gaussian in units of |x - y|."""
     reciprocal: bool = False
@@ -112,7 +115,8 @@ class OperatorConfig:
     tau: PositiveFloat = 1.0
     """Power of the entries of the adjacency."""
     sinkhorn: NonNegative = 0
-    """Times that rows and columns are normalised in turn after a step."""
+    """Times that rows and columns are normalised in turn after a step; all classes together then
+    need to fit `lowshot.memory_gb`."""
     reset_seeds: bool = False
     """Labelled rows become one-hot again after each step."""
     normalize_columns: bool = True
@@ -213,6 +217,12 @@ class LowShotConfig:
     logistic: LogisticConfig = LogisticConfig()
     knn: VoteConfig = VoteConfig()
     fusion: FusionConfig = FusionConfig()
+    search: GraphMethod = ExactConfig()
+    """How shared images find their neighbors among themselves: `exact` holds the rows in memory,
+    over all workers; `cells` works from files, for more than about a million."""
+    memory_gb: PositiveFloat = 4.0
+    """Of a worker, for the labels of the classes that it spreads at a time, and for rows that it
+    searches; the graph, 4 bytes a link, comes on top from files."""
     seed: NonNegative = 0
     """Of the share kept for testing and of the linear classifier's batches."""
     resources: Resources = Resources(workers=0)

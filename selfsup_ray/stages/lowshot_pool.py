@@ -17,16 +17,17 @@ import numpy as np
 from selfsup_ray.artifacts import (
     Array,
     ShardedArray,
+    create_mapped,
     read_claim,
     read_json,
     whole_file,
     write_json,
 )
-from selfsup_ray.cluster.neighbors import Search
 from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import Resources
 from selfsup_ray.errors import ConfigError
-from selfsup_ray.ops.completion import empty_lists, own_lists, with_rows_both
+from selfsup_ray.ops.adjacency import traversal_order
+from selfsup_ray.ops.completion import empty_lists, with_rows_both
 from selfsup_ray.ops.neighbors import Neighbors, merge_neighbors
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph
@@ -36,7 +37,8 @@ from selfsup_ray.storage import reached, relative, remove_tree
 SHARD_ROWS = 65_536
 GROUP_ROWS = 262_144
 """Rows of a pool that one task of a join takes; fixed, so that finished tasks are kept."""
-_QUERIES = 4096
+ORDERED_ROWS = 100_000
+"""Rows from which on a pool gets an order; below, everything is in the cache."""
 
 
 def save_array(path: Path, values: Array) -> None:
@@ -98,6 +100,11 @@ def require_fitting(given: FolderConfig, *, dim: int, width: int) -> None:
             f"The background {given.path} has rows of {rows.shape[1]} numbers, but this run's "
             f"embeddings have {dim}. Embed both with the same encoder."
         )
+    if rows.dtype != np.float32:
+        raise ConfigError(
+            f"The background {given.path} is stored as {rows.dtype}, but lowshot reads other runs' "
+            f"rows as float32. Make it with dtype=float32."
+        )
     if given.graph is None:
         return
     graph = Graph.open(given.graph)
@@ -134,37 +141,22 @@ def _create_lists(
     )
 
 
-def _on_cpus(resources: Resources) -> Resources:
+def on_cpus(resources: Resources) -> Resources:
+    """Return the same workers without their GPUs."""
     return Resources(workers=resources.workers, cpus=resources.cpus)
 
 
-def search_block(block: Block, queries: Array, *, k: int, resources: Resources) -> Neighbors:
-    """Return the k nearest rows of a block to each query (n, d), exactly; in a block with fewer
-    rows the last places are empty.
-
-    Lists of the block's rows among themselves are written on the way, where they are missing.
-    """
-    found = empty_lists(len(queries), k)
-    with Search(block.rows, _on_cpus(resources), stage="lowshot") as search:
-        if block.ids.unwritten():
-            _write_lists(block, search)
-        for start in range(0, len(queries), _QUERIES):
-            part = search.search(queries[start : start + _QUERIES], min(k, len(block.rows)))
-            found.ids[start : start + _QUERIES, : part.k] = part.ids
-            found.similarity[start : start + _QUERIES, : part.k] = part.similarity
-    return found
-
-
-def _write_lists(block: Block, search: Search) -> None:
-    width = block.ids.shape[1]
-    if len(block.rows) > width:
-        for _ in search.write_lists(block.ids, block.similarity):
-            pass
-        return
-    lists = own_lists(np.asarray(block.rows), k=width)  # too few rows for full lists
-    for i, (a, b) in enumerate(itertools.pairwise(block.rows.offsets)):
-        block.similarity.write_shard(i, lists.similarity[a:b])
-        block.ids.write_shard(i, lists.ids[a:b])
+def shard_groups(shard_rows: Sequence[int]) -> list[list[int]]:
+    """Return consecutive shards that hold about GROUP_ROWS rows together."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for i, rows in enumerate(shard_rows):
+        if groups[-1] and held + rows > GROUP_ROWS:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += rows
+    return groups
 
 
 class Pool:
@@ -177,13 +169,19 @@ class Pool:
         self.ids = ShardedArray.open(reached(path, manifest["ids"]))
         self.similarity = ShardedArray.open(reached(path, manifest["similarity"]))
         self.width: int = manifest["width"]
-        self.images: Array = np.load(path / "images.npy")
-        self.classes: Array = np.load(path / "classes.npy")
+        self.images: Array = np.load(path / "images.npy", mmap_mode="r")
+        self.classes: Array = np.load(path / "classes.npy", mmap_mode="r")
         test = (np.load(path / "test_ids.npy"), np.load(path / "test_similarity.npy"))
         self.test = Neighbors(*test)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def order(self) -> Array | None:
+        """(N,) an order of the nodes in which neighbors lie close; None where it would not pay."""
+        path = self.path / "order.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else None
 
     def shards(self) -> Iterator[tuple[Neighbors, Array]]:
         """Yield (lists, rows) of every shard, in order, as memory maps."""
@@ -223,6 +221,7 @@ def write_pool(
     save_array(path / "test_similarity.npy", merged.similarity)
     save_array(path / "images.npy", np.concatenate([block.images for block in blocks]))
     save_array(path / "classes.npy", np.concatenate([block.classes for block in blocks]))
+    _write_order(path, ids, width)
     manifest = {
         "rows": [relative(block.rows.path, path) for block in blocks],
         "ids": relative(ids.path, path),
@@ -231,6 +230,32 @@ def write_pool(
     }
     write_json(path / "pool.json", manifest)
     return Pool(path)
+
+
+def _write_order(path: Path, ids: ShardedArray, width: int) -> None:
+    """Write the order that all runs on a pool spread in, where one pays: found once, for all."""
+    if len(ids) < ORDERED_ROWS:
+        return
+    with whole_file(path / "lists.npy") as temporary:
+        lists = create_mapped(temporary, (len(ids), width), np.int32)
+        for i, (a, b) in enumerate(itertools.pairwise(ids.offsets)):
+            lists[a:b] = ids.shard(i)[:, :width]
+        order = traversal_order(np.asarray(lists), least=ORDERED_ROWS)
+        if order is not None:
+            save_array(path / "order.npy", order)
+    (path / "lists.npy").unlink()
+
+
+def read_lists(path: Path, rows: slice = slice(None)) -> Neighbors:
+    """Return rows of the lists that `save_lists` wrote, mapped."""
+    ids, similarity = (np.load(p, mmap_mode="r")[rows] for p in (path, _beside(path)))
+    return Neighbors(ids, similarity)
+
+
+def save_lists(path: Path, lists: Neighbors) -> None:
+    """Write lists to a file and one beside it; the first, which comes last, says both are there."""
+    save_array(_beside(path), lists.similarity)
+    save_array(path, lists.ids.astype(np.int32))
 
 
 def _beside(path: Path) -> Path:
@@ -259,15 +284,7 @@ class Join:
     @property
     def groups(self) -> list[list[int]]:
         """The old shards of each task."""
-        groups: list[list[int]] = [[]]
-        held = 0
-        for i, (b, s) in enumerate(self.places):
-            if groups[-1] and held + self.sizes[b][s] > GROUP_ROWS:
-                groups.append([])
-                held = 0
-            groups[-1].append(i)
-            held += self.sizes[b][s]
-        return groups
+        return shard_groups([self.sizes[b][s] for b, s in self.places])
 
     def partial(self, group: int) -> Path:
         """Return the file with the ids of the new rows' lists among one group's rows."""
@@ -279,7 +296,7 @@ class Join:
         ids, similarity = _create_lists(self.path, flat, self.width)
         if ids.unwritten():
             missing = [g for g in range(len(self.groups)) if not self.partial(g).exists()]
-            for _ in map_shards(self, missing, _on_cpus(resources), label="lowshot: join"):
+            for _ in map_shards(self, missing, on_cpus(resources), label="lowshot: join"):
                 pass
             self._write_new(ids, similarity)
         remove_tree(self.path / "partial")
@@ -307,10 +324,9 @@ class Join:
                 )
             out[1].write_shard(i, lists.similarity)
             out[0].write_shard(i, lists.ids.astype(np.int32))
-        stacked = np.concatenate([part.ids for part in found]).astype(np.int32)
+        stacked = np.concatenate([part.ids for part in found])
         values = np.concatenate([part.similarity for part in found])
-        save_array(_beside(self.partial(group)), values)
-        save_array(self.partial(group), stacked)
+        save_lists(self.partial(group), Neighbors(stacked, values))
 
     def _write_new(self, ids: ShardedArray, similarity: ShardedArray) -> None:
         """Merge the new rows' lists among themselves with those of every group."""
@@ -323,7 +339,6 @@ class Join:
             among = np.where(among >= 0, among + self.first_new, -1)
             merged = Neighbors(among, own[1].shard(t)[:, : self.width])
             for part in parts:
-                mapped = [np.load(path, mmap_mode="r")[here] for path in (part, _beside(part))]
-                merged = merge_neighbors([merged, Neighbors(*mapped)], k=self.width)
+                merged = merge_neighbors([merged, read_lists(part, here)], k=self.width)
             similarity.write_shard(num_old + t, merged.similarity)
             ids.write_shard(num_old + t, merged.ids.astype(np.int32))

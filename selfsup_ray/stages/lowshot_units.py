@@ -19,15 +19,16 @@ import torch
 
 from selfsup_ray.artifacts import Array, ShardedArray, read_json, write_json
 from selfsup_ray.ops.balanced_sgd import Rate, train_balanced
-from selfsup_ray.ops.completion import completed, with_rows
-from selfsup_ray.ops.diffusion import diffuse_scores
+from selfsup_ray.ops.completion import with_rows
 from selfsup_ray.ops.fusion import balanced_vote, fused_scores
 from selfsup_ray.ops.lowshot import SETUPS, Setup, hit_rates, label_ranks
 from selfsup_ray.ops.neighbors import Neighbors
 from selfsup_ray.stages.lowshot_choice import Chosen
 from selfsup_ray.stages.lowshot_config import FUSED, LowShotConfig
 from selfsup_ray.stages.lowshot_data import SetupImages
-from selfsup_ray.stages.lowshot_pool import Pool, save_array
+from selfsup_ray.stages.lowshot_diffusion import Diffusing
+from selfsup_ray.stages.lowshot_pool import SHARD_ROWS, Pool, save_array
+from selfsup_ray.storage import local_beside, remove_tree
 
 POOLS = {"diffusion": "base", "diffusion_background": "background"}
 """The pool of shared nodes that each diffusion runs on."""
@@ -98,40 +99,24 @@ class Run:
 
     def diffused(self, method: str, niter: int) -> Iterator[Array]:
         """Yield the (n_t, C) scores of the test images after 0..niter steps."""
-        pool = self.pool(POOLS[method])
-        seeds = pool.classes.copy()
+        pool, config = self.pool(POOLS[method]), self.config
         nodes, is_node = _places(pool.images, self.novel_ids)
-        seeds[nodes[is_node]] = self.novel_classes[is_node]
-        seeds = np.concatenate([seeds, self.novel_classes[~is_node]])
         new = self.rows.rows(self.novel_ids[~is_node])
-        options = self.config.diffusion.options
-        ids, similarity = self._lists(pool, new)
+        seeds = np.empty(len(pool) + len(new), np.int32)
+        seeds[: len(pool)] = pool.classes
+        seeds[nodes[is_node]] = self.novel_classes[is_node]
+        seeds[len(pool) :] = self.novel_classes[~is_node]
         test = with_rows(pool.test, self.test_rows, new, first=len(pool)) if len(new) else pool.test
-        return diffuse_scores(
-            ids,
-            seeds,
-            test.ids[:, : self.config.k].astype(np.int32),
-            num_classes=self.num_classes,
-            niter=niter,
-            similarity=similarity,
-            threads=self.threads,
-            device=self.device,
-            options=options,
-        )
-
-    def _lists(self, pool: Pool, new: Array) -> tuple[Array, Array | None]:
-        """Return the lists of all nodes: ids (N, k - 1) int32, similarity where it is needed."""
-        made = self.config.diffusion
-        shape = (len(pool) + len(new), pool.width)
-        ids, at = np.empty(shape, np.int32), 0
-        is_wanted = made.weights != "constant" or made.min_similarity is not None
-        similarity = np.empty(shape, np.float32) if is_wanted else None
-        for part in completed(pool.shards(), new, k=pool.width):
-            ids[at : at + len(part)] = part.ids
-            if similarity is not None:
-                similarity[at : at + len(part)] = part.similarity
-            at += len(part)
-        return ids, similarity
+        near = test.ids[:, : config.k].astype(np.int32)
+        folder = local_beside(self.out) / "scratch" / f"{self.unit.name}-{method}"
+        remove_tree(folder)  # a killed run's
+        memory = int(config.memory_gb * 1e9)
+        how = Diffusing(folder, config.diffusion.options, memory, self.threads, self.device)
+        try:
+            graph = how.adjacency(pool, new)
+            yield from how.scores(graph, seeds, near, num_classes=self.num_classes, niter=niter)
+        finally:
+            remove_tree(folder)
 
     @property
     def labelled(self) -> tuple[Array, Array]:
@@ -189,10 +174,14 @@ class Run:
 
 def _places(images: Array, wanted: Array) -> tuple[Array, Array]:
     """Return where each wanted image id is in `images`, and whether it is there."""
-    order = np.argsort(images, kind="stable")
-    place = np.minimum(np.searchsorted(images[order], wanted), max(len(images) - 1, 0))
-    nodes = order[place]
-    return nodes, images[nodes] == wanted
+    order = np.argsort(wanted, kind="stable")
+    nodes = np.full(len(wanted), -1, np.int64)
+    for start in range(0, len(images) if len(wanted) else 0, SHARD_ROWS):
+        part = images[start : start + SHARD_ROWS]
+        at = np.minimum(np.searchsorted(wanted[order], part), len(wanted) - 1)
+        here = np.flatnonzero(wanted[order[at]] == part)
+        nodes[order[at[here]]] = start + here
+    return nodes, nodes >= 0
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_lists_of_shards_do_not_depend_on_the_cut():
             (Neighbors(lists.ids[a:b], lists.similarity[a:b]), old[a:b])
             for a, b in itertools.pairwise(cuts)
         ]
-        parts = list(completed(shards, new, k=5))
+        parts = list(completed(shards, new, k=5, num_old=65))
         assert len(parts) == len(cuts)
         found = Neighbors(
             np.concatenate([part.ids for part in parts]),
@@ -85,7 +85,7 @@ def test_sharing_the_base_equals_completing_from_nothing():
         first_old=0,
         first_new=30,
     )
-    shared = completed([(a, background), (b, base)], novel, k=6)
+    shared = completed([(a, background), (b, base)], novel, k=6, num_old=60)
     at_once = own_lists(rows, k=6)
     found = np.concatenate([part.ids for part in shared])
     np.testing.assert_array_equal(found, at_once.ids)
@@ -109,7 +109,8 @@ def test_completing_a_mixture_gives_the_accuracies_of_the_known_recipe():
         for rows in (background, test, labelled)
     )
     shards = [(own_lists(background, k=29), background)]
-    ids = np.concatenate([part.ids for part in completed(shards, labelled, k=29)])
+    parts = completed(shards, labelled, k=29, num_old=1000)
+    ids = np.concatenate([part.ids for part in parts])
     lists = with_rows(empty_lists(2000, 30), test, background, first=0)
     lists = with_rows(lists, test, labelled, first=1000)
     seeds = np.concatenate([np.full(1000, -1), np.repeat(np.arange(20), 2)])
