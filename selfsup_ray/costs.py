@@ -8,25 +8,24 @@ from pathlib import Path
 from selfsup_ray.costs_classify import classify_cost
 from selfsup_ray.costs_graph import SEARCH_FLOPS, graph_cost
 from selfsup_ray.costs_labelled import labelled_cost, maps_cost
+from selfsup_ray.costs_lowshot import LINK_CLASSES_PER_S, LINKS_PER_NEIGHBOR, lowshot_cost
 from selfsup_ray.costs_network import GPU_FLOPS, network, network_seconds
 from selfsup_ray.costs_training import (
     WORKER_BYTES,
     Cost,
     backbone_of,
+    feature_dim,
     stored_bytes,
     training_cost,
 )
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.ops.spreading import spread_bytes
+from selfsup_ray.stages.imported import ImportFeaturesConfig
 
 COVARIANCE_FLOPS = 40e9
 """Multiplications and additions a second of the sums over all patches on one CPU core, measured."""
 PATCH_S = 2e-6
 """Seconds to draw, cut out and store a patch."""
-LINKS_PER_NEIGHBOR = 1.45
-"""Links of an image for each neighbor it lists, once every link goes both ways."""
-LINK_CLASSES_PER_S = 5e9
-"""Links times classes of diffusion that one CPU core does in a second, in any order of images."""
 KMEANS_FLOPS = 100e9
 """Multiplications and additions a second of k-means on one CPU core, in bfloat16."""
 DECODED_PER_S = 500.0
@@ -80,7 +79,7 @@ def cost(
         case "voc07":
             return _voc07(experiment)
         case "lowshot":
-            return _lowshot(experiment, num_images)
+            return lowshot_cost(experiment, num_images, dim=searched_dim(experiment))
     return _tables(experiment, num_images)
 
 
@@ -182,7 +181,14 @@ def _patches(e: Experiment) -> Cost:
 
 
 def _embed(e: Experiment, n: int) -> Cost:
-    assert e.ingest is not None and e.embed is not None
+    assert e.embed is not None
+    if e.embed.imported is not None:
+        size = feature_dim(e) * 4
+        return Cost(
+            memory_bytes=WORKER_BYTES + 2 * ImportFeaturesConfig().shard_rows * size,
+            disk_bytes=n * (size + 8),
+            assumes=f"{n:,} rows of {size / 1e3:.1f} kB copied from files",
+        )
     side = encoded_side(e)
     net, batch = network(backbone_of(e), side), e.embed.batch_size
     seconds, note = network_seconds(
@@ -209,7 +215,7 @@ def _maps(e: Experiment, n: int) -> Cost:
 
 def _reduce(e: Experiment, n: int) -> Cost:
     assert e.reduce is not None
-    ask, d = e.reduce.resources, backbone_of(e).dim
+    ask, d = e.reduce.resources, feature_dim(e)
     m = min(e.reduce.sample, n)
     threads = max(1, int(ask.cpus))
     # Moments in float64 run at half the speed of the products in float32.
@@ -236,7 +242,7 @@ def _graph(e: Experiment, n: int) -> Cost:
 
 def searched_dim(e: Experiment) -> int:
     """Return the width of the rows that the graph is built on, at most."""
-    dim = backbone_of(e).dim
+    dim = feature_dim(e)
     return dim if e.reduce is None else min(dim, e.reduce.dim)
 
 
@@ -270,21 +276,6 @@ def _probe(e: Experiment, n: int) -> Cost:
         memory_bytes=WORKER_BYTES + n * dim * 4,
         disk_bytes=1_000_000,
         assumes=f"every labelled embedding in memory, d={dim} at most; minutes",
-    )
-
-
-def _lowshot(e: Experiment, n: int) -> Cost:
-    assert e.lowshot is not None
-    made, dim = e.lowshot, searched_dim(e)
-    ask = made.resources
-    # Both set-ups search their own images once: about half of the pairs each.
-    seconds = 2.0 * n * n * dim / (SEARCH_FLOPS * ask.cpus * max(ask.workers, 1))
-    return Cost(
-        memory_bytes=WORKER_BYTES + n * (dim * 4 + made.k * 16),
-        disk_bytes=2 * n * (dim * 4 + made.k * 8),
-        seconds=seconds if seconds > 600 else None,
-        assumes=f"{len(made.shots) * len(made.seeds)} runs of each set-up, d={dim} at most; the "
-        f"search alone takes {seconds:,.0f} s, the grid of the linear classifier adds to it",
     )
 
 

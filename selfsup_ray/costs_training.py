@@ -13,6 +13,7 @@ from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
 from selfsup_ray.models.pretext import BYOLConfig, InsDisConfig, MoCoConfig, SimCLRConfig
+from selfsup_ray.stages.imported_rows import imported_shape
 from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.pretext import PretextConfig
 from selfsup_ray.stages.sela import SeLaConfig
@@ -52,6 +53,13 @@ def backbone_of(e: Experiment) -> BackboneConfig:
         grid=made.grid,
         precision=made.precision,
     )
+
+
+def feature_dim(e: Experiment) -> int:
+    """Return the numbers in a row of the embeddings, at most."""
+    if e.embed is not None and e.embed.imported is not None:
+        return imported_shape(e.embed.imported)[1]
+    return backbone_of(e).dim
 
 
 def stored_bytes(made: IngestConfig) -> float:

@@ -64,6 +64,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """Stages whose result a stage cannot do without."""
 
+FROM_ROWS = ("embed", "reduce", "graph", "diffuse", "lowshot")
+"""Stages of a run on published features, which has rows but no images."""
+
 USES: dict[str, tuple[str, ...]] = {
     "classify": ("patches",),
     "graph": ("reduce",),
@@ -127,7 +130,22 @@ class Experiment:
         self._require_patches()
 
     def _require_inputs(self, stage: str) -> None:
-        for needed in NEEDS[stage]:
+        self._require_unit_rows()
+
+    def _require_unit_rows(self) -> None:
+        imported = self.embed.imported if self.embed else None
+        searched = any(name in self.stages for name in ("graph", "lowshot"))
+        if imported and not imported.normalize and searched and not self.reduce:
+            raise ValueError(
+                "embed.imported.normalize is False, but neighbors are searched among unit rows; "
+                "add `reduce: {}`, which makes them, or set it to True"
+            )
+        if self.is_imported and stage not in FROM_ROWS:
+            raise ValueError(
+                f"embed.imported gives rows without images, on which {stage} cannot run; leave "
+                f"out {stage}, or embed.imported. What can run: {', '.join(FROM_ROWS)}"
+            )
+        for needed in self._needs(stage):
             if needed == ENCODER and not any(name in self.stages for name in ENCODERS):
                 raise ValueError(
                     f"{stage} needs pretext: add the key `pretext: {{}}`, or `whiten: {{}}` and "
@@ -191,6 +209,16 @@ class Experiment:
 
     @property
     def encoder(self) -> str | None:
+    def _needs(self, stage: str) -> tuple[str, ...]:
+        """Return NEEDS of a stage, less the images and encoder of a run on published features."""
+        absent = ("ingest", ENCODER) if self.is_imported else ()
+        return tuple(name for name in NEEDS[stage] if name not in absent)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the rows are published features."""
+        return self.embed is not None and self.embed.imported is not None
+
         """Name of the stage that makes the encoder; None without one."""
         return next((name for name in ENCODERS if name in self.stages), None)
 
@@ -201,7 +229,7 @@ class Experiment:
 
     def inputs(self, stage: str) -> tuple[str, ...]:
         """Return the stages of this experiment whose results a stage reads."""
-        wanted = {*NEEDS[stage], *USES.get(stage, ())}
+        wanted = {*self._needs(stage), *USES.get(stage, ())}
         wanted |= {self.encoder or ""} if ENCODER in wanted else set()
         return tuple(name for name in self.stages if name in wanted)
 

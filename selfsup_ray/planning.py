@@ -33,6 +33,7 @@ from selfsup_ray.planning_cluster import (
 )
 from selfsup_ray.planning_text import drawn, size
 from selfsup_ray.progress import clock
+from selfsup_ray.stages.imported_rows import imported_digest, imported_shape
 from selfsup_ray.steps import Folders, open_artifact
 from selfsup_ray.storage import size_below
 
@@ -270,7 +271,10 @@ def _state(
     remade = [name for name in inputs if states[name][0] in ("run", "continue")]
     if remade:
         return "current", f"finished; {remade[0]} is made again and must come out the same"
-    _require_same_inputs(at(stage), found, {open_artifact(at(name)).fingerprint for name in inputs})
+    known = {open_artifact(at(name)).fingerprint for name in inputs}
+    if stage == "embed" and experiment.embed is not None and experiment.embed.imported is not None:
+        known.add(imported_digest(experiment.embed.imported))
+    _require_same_inputs(at(stage), found, known)
     return "current", "finished, same config and inputs"
 
 
@@ -290,6 +294,8 @@ def count_images(experiment: Experiment) -> int | None:
 
     Raises ArtifactError when the source does not exist or holds no image.
     """
+    if experiment.embed is not None and experiment.embed.imported is not None:
+        return imported_shape(experiment.embed.imported)[0]
     folder, ingest = experiment.folder("ingest"), experiment.ingest
     if (folder / "done.json").exists():
         return len(Corpus.open(folder))

@@ -22,6 +22,7 @@ from selfsup_ray.stages.evaluate import Evaluation, evaluate_run
 from selfsup_ray.stages.export import Exported, export
 from selfsup_ray.stages.finetune import Finetuned, finetune
 from selfsup_ray.stages.graph import Graph, build_graph
+from selfsup_ray.stages.imported_rows import ImportedImages, embed_imported
 from selfsup_ray.stages.ingest import ingest
 from selfsup_ray.stages.linear import Linear, linear
 from selfsup_ray.stages.lowshot import LowShot, low_shot
@@ -165,7 +166,17 @@ def _classify(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     classify(corpus, e.classify, encoder=encoder, out=at("classify"), tracker=tracker)
 
 
+def _images(e: Experiment, at: Folders) -> Corpus | ImportedImages:
+    """Return what is known of the images: the corpus, or less of imported rows."""
+    if e.is_imported:
+        return ImportedImages(Embeddings.open(at("embed")))
+    return Corpus.open(at("ingest"))
+
+
 def _embed(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
+    if e.embed is not None and e.embed.imported is not None:
+        embed_imported(e.embed, out=at("embed"))
+        return
     corpus, encoder = Corpus.open(at("ingest")), _encoder(e, at)
     embed(corpus, encoder, e.embed, out=at("embed"), tracker=tracker)
 
@@ -187,7 +198,7 @@ def searched(e: Experiment, at: Folders) -> Embeddings | Reduced:
 
 
 def _graph(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
-    corpus = Corpus.open(at("ingest"))
+    corpus = _images(e, at)
     labels = corpus.labels if corpus.has_labels else None  # for the report's figure alone
     build_graph(searched(e, at), e.graph, out=at("graph"), labels=labels, tracker=tracker)
 
@@ -204,7 +215,7 @@ def _selflabel(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 
 
 def _diffuse(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
-    corpus = Corpus.open(at("ingest"))
+    corpus = _images(e, at)
     if not corpus.has_labels:
         log.warning("diffuse: left out, since no image has a label")
         return
@@ -217,6 +228,7 @@ def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     if not corpus.has_labels:
         log.warning("probe: left out, since no image has a label")
         return
+    assert e.probe is not None
     probe(
         Embeddings.open(at("embed")),
         corpus.labels,
@@ -249,7 +261,7 @@ def _finetune(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
 
 def _lowshot(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
     assert e.lowshot is not None
-    corpus, embeddings = Corpus.open(at("ingest")), Embeddings.open(at("embed"))
+    corpus, embeddings = _images(e, at), Embeddings.open(at("embed"))
     if not corpus.has_labels:
         log.warning("lowshot: left out, since no image has a label")
         return

@@ -27,6 +27,7 @@ LEVELS = {
             "costs_network",
             "costs_classify",
             "costs_labelled",
+            "costs_lowshot",
             "costs_sela",
             "costs_counts",
             "costs_instances",

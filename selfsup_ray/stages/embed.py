@@ -19,16 +19,42 @@ from selfsup_ray.errors import ArtifactError
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.models.layers import Layer
 from selfsup_ray.progress import track
-from selfsup_ray.storage import located, reached, relative
+from selfsup_ray.storage import Place, located, reached, relative
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 
 @config
+class ImportedConfig:
+    """Rows of published files, in place of an encoder's."""
+
+    files: tuple[Place, ...]
+    """HDF5 feature blocks, in the order of the numbers in their names, then of the names; or one
+    raw float32 matrix, or one faiss index."""
+    dim: Positive | None = None
+    """Numbers in a row; only a raw matrix needs it."""
+    rows: Positive | None = None
+    """Only the first that many rows."""
+    normalize: bool = True
+    """Divide each row by its length. False keeps raw features, for `reduce` to center first."""
+    labels: Place | Literal["found", "none"] = "found"
+    """`found` are those in HDF5 blocks, `none` leaves them out, as of background photos; or an .npy
+    file with an integer for each row, -1 for unknown."""
+    class_names: Place | None = None
+    """A text file with the name of a class in each line, in the order of the labels."""
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("`files` needs at least one file")
+
+
+@config
 class EmbedConfig:
     """How the encoder is run over the corpus."""
 
+    imported: ImportedConfig | None = None
+    """Published features in place of images and an encoder; the run then has no `ingest`."""
     batch_size: Positive = 256
     """Images in one forward pass; changes a result by rounding at most."""
     layer: Layer | None = None
@@ -40,7 +66,7 @@ class EmbedConfig:
 
 
 class Embeddings:
-    """Handle on an embeddings folder: (N, d) float32 unit rows, cut at the corpus's shards."""
+    """Handle on an embeddings folder: (N, d) unit rows, cut at the corpus's shards."""
 
     def __init__(self, path: Path) -> None:
         self.path = located(path)
