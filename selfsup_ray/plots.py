@@ -339,16 +339,21 @@ def plot_covariance(covariance: Array, ax: Axes, *, title: str) -> None:
 
     The root of a value is its opacity, so that small ones are seen.
     """
+    ax.imshow(covariance_cells(covariance), interpolation="nearest")
+    ax.tick_params(length=0)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set(xlabel="channel, row, column of a pixel", title=title)
+
+
+def covariance_cells(covariance: Array) -> Array:
+    """Return the colors of a covariance (d, d) with their opacity: (d, d, 4) in [0, 1]."""
     sizes = np.abs(covariance) / max(float(np.abs(covariance).max()), 1e-300)
     cells = np.zeros((*covariance.shape, 4))
     blue, orange = np.array([0x2F, 0x6F, 0xB3]) / 255, np.array([0xD9, 0x82, 0x2B]) / 255
     cells[..., :3] = np.where((covariance >= 0)[..., None], blue, orange)
     cells[..., 3] = np.sqrt(sizes)
-    ax.imshow(cells, interpolation="nearest")
-    ax.tick_params(length=0)
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.set(xlabel="channel, row, column of a pixel", title=title)
+    return cells
 
 
 def plot_map(

@@ -36,7 +36,7 @@ from selfsup_ray.sweep_trial import (
     shared_stages,
     starts_file,
 )
-from selfsup_ray.tracking import Status, open_run, read_records
+from selfsup_ray.tracking import Status, Tracker, open_run, read_records
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ def sweep(
             published=made.published,
             costs=costs(trial, made, summary.trials),
         )
+        for stage in shared_stages(trial, made.varied):
+            _attach(parent, addresses(trial, made.out)[stage])
         parent.artifact(made.out / "trials.csv")
         parent.artifact(made.out / "best.yaml")
         parent.artifact(page)
@@ -204,6 +206,7 @@ def record(trial: Trial, *, experiment: Experiment, made: SweepConfig) -> None:
             continue
         curve = read_records(folders[stage] / "metrics.jsonl")
         tracker.log([_renamed(values, stage) for values in curve])
+        _attach(tracker, folders[stage])
     tracker.log([trial.metrics])
     stages = {stage: str(folder.relative_to(made.out)) for stage, folder in folders.items()}
     text = {
@@ -214,6 +217,12 @@ def record(trial: Trial, *, experiment: Experiment, made: SweepConfig) -> None:
     tracker.artifact(folder / "trial.yaml")
     ended: Status = "FINISHED" if trial.is_complete else "KILLED"
     tracker.finish("FAILED" if trial.error else ended)
+
+
+def _attach(tracker: Tracker, folder: Path) -> None:
+    """Send the pictures of a stage: of dictionaries, covariances, entries that weigh most."""
+    for picture in sorted(folder.glob("*.png")):
+        tracker.artifact(picture)
 
 
 def _renamed(values: Mapping[str, Any], stage: str) -> dict[str, Any]:

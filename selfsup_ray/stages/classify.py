@@ -149,7 +149,7 @@ def classify(
     metrics = {**facts_of(layers), **_counts(plan, split), "layers": layers}
     write_json(out / "metrics.json", metrics)
     facts = {k: v for k, v in flatten(metrics | {"layers": None}).items() if v is not None}
-    _track(tracker, facts, _pictures(plan))
+    _track(tracker, facts, [*_pictures(plan), *sorted(out.glob("layer*_*.png"))])
     seconds = time.monotonic() - began
     finish(out, stage="classify", config=config, inputs=inputs, seconds=seconds, facts=facts)
     remove_tree(out / "codes")

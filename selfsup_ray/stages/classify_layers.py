@@ -19,8 +19,11 @@ from selfsup_ray.data.shifted import ShiftedViews
 from selfsup_ray.models.locally_linear import Block, Layer
 from selfsup_ray.models.patch_layers import DeeperCodeConfig
 from selfsup_ray.models.weights import content_hash
+from selfsup_ray.ops.whitening import whitened_covariance
 from selfsup_ray.stages.classify_data import Split
 from selfsup_ray.stages.classify_network import DICTIONARY, WEIGHTS, NetworkPlan
+from selfsup_ray.stages.covariance_picture import write_covariances
+from selfsup_ray.stages.patch_pictures import write_pictures
 from selfsup_ray.stages.patches import PatchesConfig, make_dictionary
 from selfsup_ray.stages.whiten import WhitenConfig, whiten_maps
 from selfsup_ray.storage import remove_tree
@@ -88,7 +91,8 @@ def write_dictionary(corpus: Corpus, plan: NetworkPlan, layer: int) -> None:
     """Write the dictionary of a layer above the first, unless it is there; no labels are read.
 
     Patches of the maps below are whitened and clustered as those of images are; the sample is
-    left in the layer's folder. GPUs of the training are k-means' too; maps are made on CPUs.
+    left in the layer's folder, pictures of both in that of the stage. GPUs of the training are
+    k-means' too; maps are made on CPUs.
     """
     folder, config = plan.folder(layer), plan.config.deeper[layer - 2]
     if (folder / DICTIONARY).exists():
@@ -117,6 +121,9 @@ def write_dictionary(corpus: Corpus, plan: NetworkPlan, layer: int) -> None:
         resources=dataclasses.replace(on_cpus, gpus=ask.gpus),
     )
     made, _ = make_dictionary(sample, clustering, out=folder, stage="classify")
+    after = whitened_covariance(sample.covariance, sample.matrix)
+    write_covariances(sample.covariance, after, plan.out / f"layer{layer}_covariance.png")
+    write_pictures(made, plan.out, prefix=f"layer{layer}_")
     _write(folder / DICTIONARY, *made.kernel)
     remove_tree(folder / "kmeans")
 

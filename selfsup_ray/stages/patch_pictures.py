@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,19 @@ ENLARGED = 6
 """Pixels of a picture for one of a patch."""
 
 
-def write_pictures(dictionary: PatchDictionary, out: Path) -> list[Path]:
+def write_pictures(dictionary: PatchDictionary, out: Path, *, prefix: str = "") -> list[Path]:
     """Write `raw.png` and `whitened.png`, the largest entries first; return their paths.
 
-    None where the patches are of maps with other than 1 or 3 channels.
+    prefix: of both names. Patches of maps with other than 1 or 3 channels show their channels as
+    gray tiles beside each other.
     """
-    if dictionary.raw.shape[1] not in (1, 3):
-        return []
     paths = []
     for name, patches in (("raw", dictionary.raw), ("whitened", dictionary.zca)):
         shown = patches[by_size(dictionary.counts)[:SHOWN]]
-        path = out / f"{name}.png"
+        path = out / f"{prefix}{name}.png"
+        tiles = patch_tiles(shown if shown.shape[1] in (1, 3) else _channels_beside(shown))
         with whole_file(path) as temporary:
-            Image.fromarray(_picture(patch_tiles(shown))).save(temporary, "PNG")
+            Image.fromarray(_picture(tiles)).save(temporary, "PNG")
         paths.append(path)
     return paths
 
@@ -73,14 +74,22 @@ def patch_tiles(patches: Array) -> Array:
     return np.repeat(tiles, 3, axis=3) if tiles.shape[3] == 1 else tiles
 
 
+def _channels_beside(patches: Array) -> Array:
+    """Return patches (n, C, s, s) as (n, 1, a s, b s) with a b = C: their channels in a rows."""
+    n, channels, s = patches.shape[:3]
+    a = next(a for a in range(isqrt(channels), 0, -1) if channels % a == 0)
+    apart = patches.reshape(n, a, channels // a, s, s).transpose(0, 1, 3, 2, 4)
+    return apart.reshape(n, 1, a * s, -1)
+
+
 def _picture(tiles: Array, across: int = ACROSS) -> Array:
-    """Return tiles (n, s, s, 3) enlarged, in rows with a white line between them."""
-    n, s = tiles.shape[:2]
+    """Return tiles (n, h, w, 3) enlarged, in rows with a white line between them."""
+    n, h, w = tiles.shape[:3]
     columns = min(across, n)
-    rows, pitch = -(-n // columns), s * ENLARGED + 2
-    whole = np.full((rows * pitch, columns * pitch, 3), 255, np.uint8)
+    high, wide = h * ENLARGED + 2, w * ENLARGED + 2
+    whole = np.full((-(-n // columns) * high, columns * wide, 3), 255, np.uint8)
     large = tiles.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
     for i, tile in enumerate(large):
-        top, left = (i // columns) * pitch, (i % columns) * pitch
-        whole[top + 1 : top + 1 + len(tile), left + 1 : left + 1 + len(tile)] = tile
+        top, left = (i // columns) * high + 1, (i % columns) * wide + 1
+        whole[top : top + len(tile), left : left + tile.shape[1]] = tile
     return whole

@@ -34,6 +34,7 @@ from selfsup_ray.ops.whitening import (
     whitened_covariance,
     whitening_matrix,
 )
+from selfsup_ray.stages.covariance_picture import write_covariances
 from selfsup_ray.stages.patch_maps import CorpusMaps, Maps
 from selfsup_ray.stages.patch_rows import (
     Drawing,
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+PICTURE = "covariance.png"
+"""Heat-maps of the covariance of raw and of whitened patches."""
 
 
 @config
@@ -212,6 +216,7 @@ def whiten_maps(
     seconds = time.monotonic() - began
     if tracker is not None:
         tracker.log([{k: v for k, v in facts.items() if isinstance(v, int | float)}])
+        tracker.artifact(out / PICTURE)
     finish(out, stage="whiten", config=config, inputs=inputs, seconds=seconds, facts=facts)
     remove_rounds(out)
     text = "whiten: %s patches of %d numbers, %.1f s"
@@ -248,7 +253,7 @@ def _write(maps: Maps, config: WhitenConfig, drawing: Drawing, out: Path) -> dic
 
 
 def _write_whitening(moments: Moments, config: WhitenConfig, out: Path) -> dict[str, Any]:
-    """Write mean, covariance and W; return the share of the covariance that is off its diagonal."""
+    """Write mean, covariance, its picture and W; return the shares that are off its diagonal."""
     from safetensors.numpy import save_file
 
     with one_blas_thread():
@@ -257,14 +262,15 @@ def _write_whitening(moments: Moments, config: WhitenConfig, out: Path) -> dict[
         matrix = whitening_matrix(
             covariance, regularization=config.regularization, kind=config.whitening
         )
-        after = off_diagonal_share(whitened_covariance(covariance, matrix))
+        after = whitened_covariance(covariance, matrix)
+    write_covariances(covariance, after, out / PICTURE)
     tensors = {"mean": moments.mean, "covariance": covariance, "matrix": matrix}
     with whole_file(out / "whitening.safetensors") as temporary:
         save_file({name: values.copy(order="C") for name, values in tensors.items()}, temporary)
     return {
         "covariance_patches": moments.count,
         "off_diagonal_before": off_diagonal_share(covariance),
-        "off_diagonal_after": after,
+        "off_diagonal_after": off_diagonal_share(after),
     }
 
 

@@ -295,6 +295,15 @@ def test_a_layer_says_how_its_dictionary_is_made(made: Path, tmp_path: Path):
     np.testing.assert_allclose(stored["bias"], 0.5, atol=1e-4)
 
 
+def test_dictionaries_of_all_layers_are_drawn(made: Path, tmp_path: Path):
+    done = run(made, tmp_path / "c", model={**FULL, "pool": 2}, deeper=(DEEPER,), epochs=1)
+    for name in ("raw", "whitened", "covariance"):
+        with Image.open(done.path / f"layer2_{name}.png") as picture:
+            # Eight entries of 6 channels, 2 x 3 tiles of 2 x 2 numbers, six times as large.
+            wanted = (2 * 24 * 12 + 20, 24 * 12) if name == "covariance" else (8 * 38, 26)
+            assert picture.size == wanted
+
+
 def test_a_sampled_dictionary_of_a_layer_draws_one_patch_for_each_entry(made: Path, tmp_path: Path):
     layer = {**DEEPER, "select": "sample", "patches_per_entry": 10_000}
     done = run(made, tmp_path / "c", model={**FULL, "pool": 2}, deeper=(layer,), epochs=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from selfsup_ray.config import Resources
 from selfsup_ray.data.corpus import Corpus
@@ -17,6 +18,7 @@ from selfsup_ray.ops.whitening import whitening_matrix
 from selfsup_ray.stages import patch_rows
 from selfsup_ray.stages import whiten as whiten_stage
 from selfsup_ray.stages.whiten import PatchSample, WhitenConfig, whiten, whiten_maps
+from selfsup_ray.tracking import Tracker
 
 HERE = Resources(workers=0)
 PIXELS, LABELS = shape_images(25, size=12)
@@ -104,6 +106,28 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, monkeypatch, s
             PatchSample.open(tmp_path / "cut")
     assert contents(whitened(corpus, tmp_path / "cut")) == contents(whole)
     assert not list((tmp_path / "cut").glob("round*"))
+
+
+def test_covariances_are_drawn_beside_each_other_and_tracked(tmp_path):
+    class Sent(Tracker):
+        def artifact(self, path: Path) -> None:
+            sent.append(path)
+
+    sent, out = list[Path](), tmp_path / "w"
+    out.mkdir()
+    config = WhitenConfig(patches=300, patch_size=3, resources=HERE)
+    sample = whiten(made_corpus(tmp_path / "c"), config, out=out, tracker=Sent(out, None))
+    assert sent == [out / "covariance.png"]
+    with Image.open(sent[0]) as picture:
+        levels = np.asarray(picture).astype(float) / 255
+    d, times = 27, 300 // 27
+    assert levels.shape == (d * times, 2 * d * times + 20, 3)
+    after = sample.matrix.T.astype(float) @ sample.covariance @ sample.matrix
+    for first, covariance in ((0, sample.covariance), (d * times + 20, after)):
+        white = levels[times // 2 :: times, first + times // 2 :: times].min(axis=2)[:, :d]
+        sizes = np.sqrt(np.abs(covariance) / np.abs(covariance).max())
+        assert (white[sizes < 0.05] > 0.9).all() and (white[sizes > 0.95] < 0.35).all()
+    assert (white[~np.eye(d, dtype=bool)] > 0.8).all()
 
 
 def test_a_smaller_sample_is_the_start_of_a_larger_one(tmp_path):
