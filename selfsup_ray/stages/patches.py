@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from selfsup_ray.artifacts import begin, finish, read_config
 from selfsup_ray.cluster.kmeans import kmeans_sharded
+from selfsup_ray.cluster.shards import map_shards
 from selfsup_ray.config import NonNegative, Positive, Resources, config
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.errors import ConfigError
@@ -56,7 +59,8 @@ class PatchesConfig:
     iterations: Positive = 25
     """Rounds of k-means."""
     backend: Literal["own", "faiss"] = "own"
-    """Of k-means: `faiss` in this process, on a GPU where it sees one."""
+    """Of k-means: `faiss` in one worker, on CPUs, or on its GPUs when `resources.gpus` asks for
+    them."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the distances that k-means and codes compare; ties of codes are settled in float32."""
     unit_norm: bool = False
@@ -93,6 +97,12 @@ class PatchesConfig:
         return entries(self.k, self.entries)
 
     def __post_init__(self) -> None:
+        if self.backend == "faiss" and self.resources.workers > 1:
+            raise ValueError(
+                f"backend=faiss works in one worker, but resources.workers is "
+                f"{self.resources.workers}; set it to 1, or to 0 for this process, or leave "
+                f"backend out"
+            )
         if self.backbone_k > self.entries:
             raise ValueError(f"k={self.k} is more than the {self.entries} entries there are")
 
@@ -172,13 +182,9 @@ def make_dictionary(
 def _clustered(sample: PatchSample, config: PatchesConfig, *, out: Path, stage: str) -> Clustering:
     ask = config.resources
     if config.backend == "faiss":
-        return faiss_kmeans(
-            first_whitened(sample, config.patches),
-            config.size,
-            iterations=config.iterations,
-            seed=config.seed,
-            threads=max(1, int(ask.cpus)),
-        )
+        work = partial(_by_faiss, sample.path.absolute(), config)
+        [(_, made)] = map_shards(work, [0], ask, label=stage)
+        return made
     return kmeans_sharded(
         sample.array,
         config.size,
@@ -190,6 +196,18 @@ def _clustered(sample: PatchSample, config: PatchesConfig, *, out: Path, stage: 
         resources=ask,
         out=out / "kmeans",
         stage=stage,
+    )
+
+
+def _by_faiss(sample: Path, config: PatchesConfig, _: int) -> Clustering:
+    """Return k-means of the first patches of a sample; the one piece of work of a worker."""
+    return faiss_kmeans(
+        first_whitened(PatchSample.open(sample), config.patches),
+        config.size,
+        iterations=config.iterations,
+        seed=config.seed,
+        threads=max(1, int(config.resources.cpus)),
+        gpus=math.ceil(config.resources.gpus),
     )
 
 

@@ -265,8 +265,33 @@ def test_bad_input_is_refused_in_a_sentence(monkeypatch):
     with pytest.raises(ConfigError, match="cannot be chosen among 20"):
         farthest_points(points, 21)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    with pytest.raises(ResourceError, match="Install faiss-cpu"):
+    with pytest.raises(ResourceError, match=r"Install faiss-gpu .* or leave out backend=faiss"):
         faiss_kmeans.faiss_kmeans(points, 2)
+
+
+def test_faiss_leaves_a_gpu_alone_that_it_was_not_given(monkeypatch):
+    import faiss
+
+    points = mixture(60)
+    alone = faiss_kmeans.faiss_kmeans(points, 5)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2, raising=False)
+
+    def on_gpus(*_, **__):
+        raise AssertionError("a GPU was taken")
+
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", on_gpus, raising=False)
+    again = faiss_kmeans.faiss_kmeans(points, 5)
+    np.testing.assert_array_equal(again.centroids, alone.centroids)
+    with pytest.raises(AssertionError, match="was taken"):
+        faiss_kmeans.faiss_kmeans(points, 5, gpus=1)
+
+
+def test_faiss_says_how_many_gpus_it_lacks(monkeypatch):
+    import faiss
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    with pytest.raises(ResourceError, match=r"use 2 GPUs, but faiss sees 1 here. Set resources"):
+        faiss_kmeans.faiss_kmeans(mixture(20), 2, gpus=2)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from selfsup_ray.models.patch_backbone import PatchBackbone
 from selfsup_ray.ops.whitening import code_kernel
 from selfsup_ray.planning import plan_experiment
 from selfsup_ray.stages.patch_dictionary import PatchDictionary
-from selfsup_ray.stages.patch_pictures import by_size, patch_tiles
+from selfsup_ray.stages.patch_pictures import by_size, patch_tiles, write_pictures
 from selfsup_ray.stages.patches import PatchesConfig, fit_patches
 from selfsup_ray.stages.whiten import PatchSample, WhitenConfig, whiten
 from selfsup_ray.steps import run_stage
@@ -66,6 +66,18 @@ def test_faiss_finds_a_dictionary_as_good(made, tmp_path):
         found = fitted(made, tmp_path / backend, backend=backend).centroids
         objectives.append(((rows[:, None] - found) ** 2).sum(axis=2).min(axis=1).mean())
     assert objectives[0] == pytest.approx(objectives[1], rel=0.05)
+
+
+def test_faiss_finds_the_same_in_a_worker_as_here(made, tmp_path, ray_session):
+    here = fitted(made, tmp_path / "here", backend="faiss")
+    there = fitted(made, tmp_path / "there", backend="faiss", resources=Resources(workers=1))
+    np.testing.assert_allclose(there.centroids, here.centroids, atol=1e-5)
+    np.testing.assert_array_equal(there.counts, here.counts)
+
+
+def test_faiss_in_several_workers_is_refused():
+    with pytest.raises(ConfigError, match=r"one worker, but resources.workers is 2; set it to 1"):
+        PatchesConfig(backend="faiss", resources=Resources(workers=2))
 
 
 def test_a_sampled_dictionary_is_the_start_of_the_sample(made, tmp_path):
@@ -186,6 +198,19 @@ def test_tiles_have_full_contrast_and_channels_last():
     assert tiles[1, at[1], at[2], at[0]] == 255
     assert patch_tiles(patches[:, :1]).shape == (5, 4, 4, 3)
     assert by_size(np.array([2, 5, 5, 9])).tolist() == [3, 1, 2, 0]
+
+
+def test_maps_of_many_channels_are_drawn_channel_by_channel(tmp_path):
+    maps = torch.rand(3, 6, 2, 2, generator=torch.Generator().manual_seed(0)).numpy()
+    empty = np.zeros((3, 0), np.float32)
+    entries = PatchDictionary(empty, empty, maps, maps, np.array([1, 3, 2]))
+    raw, _ = write_pictures(entries, tmp_path, prefix="layer2_")
+    assert raw == tmp_path / "layer2_raw.png"
+    with Image.open(raw) as picture:
+        first = np.asarray(picture)[1:25:6, 1:37:6]
+    want = np.block([[maps[1, 3 * i + j] for j in range(3)] for i in range(2)])
+    want = 255 * (want - want.min()) / np.ptp(want)
+    np.testing.assert_allclose(first, np.repeat(want[..., None], 3, axis=2), atol=0.51)
 
 
 WHOLE = {
