@@ -128,8 +128,6 @@ class Experiment:
         if self.sela and self.ingest:
             require_views(self.sela, self.ingest.image_size)
         self._require_patches()
-
-    def _require_inputs(self, stage: str) -> None:
         self._require_unit_rows()
 
     def _require_unit_rows(self) -> None:
@@ -140,6 +138,8 @@ class Experiment:
                 "embed.imported.normalize is False, but neighbors are searched among unit rows; "
                 "add `reduce: {}`, which makes them, or set it to True"
             )
+
+    def _require_inputs(self, stage: str) -> None:
         if self.is_imported and stage not in FROM_ROWS:
             raise ValueError(
                 f"embed.imported gives rows without images, on which {stage} cannot run; leave "
@@ -207,8 +207,6 @@ class Experiment:
                         f"classify.deeper.{i}.{key}={has}; say {key}={value} there too"
                     )
 
-    @property
-    def encoder(self) -> str | None:
     def _needs(self, stage: str) -> tuple[str, ...]:
         """Return NEEDS of a stage, less the images and encoder of a run on published features."""
         absent = ("ingest", ENCODER) if self.is_imported else ()
@@ -219,6 +217,8 @@ class Experiment:
         """Whether the rows are published features."""
         return self.embed is not None and self.embed.imported is not None
 
+    @property
+    def encoder(self) -> str | None:
         """Name of the stage that makes the encoder; None without one."""
         return next((name for name in ENCODERS if name in self.stages), None)
 
