@@ -22,7 +22,7 @@ from selfsup_ray.data.published_contrastive import (
     TEMPERATURE_C10,
     TEMPERATURE_C100,
 )
-from selfsup_ray.data.published_patches import BY_K, BY_SIZE
+from selfsup_ray.data.published_patches import BY_K, BY_SIZE, BY_SOURCE, THREE_RUNS
 from selfsup_ray.report_html import Section, duration, figures, page, paragraph, plain, table
 from selfsup_ray.report_published import Points, beside
 from selfsup_ray.report_sweep_space import is_seed, short, space_figures, text
@@ -30,6 +30,8 @@ from selfsup_ray.report_sweep_space import is_seed, short, space_figures, text
 Published = Literal[
     "patches_k",
     "patches_size",
+    "patches_noise",
+    "patches_seeds",
     "insdis_temperature_c10",
     "insdis_temperature_c100",
     "byol_batch",
@@ -46,6 +48,8 @@ PUBLISHED: dict[Published, tuple[str, Points]] = {
 }
 """Name -> the key that was varied, and the published number by its value."""
 PUBLISHED_ROWS: dict[Published, tuple[tuple[str, ...], Mapping[tuple[str, ...], float]]] = {
+    "patches_noise": (("whiten.source",), BY_SOURCE),
+    "patches_seeds": ((), THREE_RUNS),
     "byol_bn": (
         tuple(f"pretext.method.{part}.batch_norm" for part in ("head", "predictor", "target_head")),
         BATCH_NORMS,

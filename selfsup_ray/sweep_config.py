@@ -87,9 +87,9 @@ class SweepConfig:
     """Chooses the points; the experiment's own seed is a key like any other."""
     published: Published | None = None
     """Published numbers that the report puts beside the trials': accuracies of networks on patch
-    dictionaries by k or by size; of instance discrimination by temperature, and of BYOL by batch
-    size and by its batch norms; of contrastive methods beside each
-    other, by linear probe (CIFAR-100) or nearest neighbors (CIFAR-10)."""
+    dictionaries by k, by size, by source of the patches or over seeds; of instance discrimination
+    by temperature, and of BYOL by batch size and by its batch norms; of contrastive methods beside
+    each other, by linear probe (CIFAR-100) or nearest neighbors (CIFAR-10)."""
     concurrent: Positive | None = None
     """Trials at a time; None: as many as the cluster has CPUs and GPUs for."""
     changes: dict[str, Any] | None = None
