@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from selfsup_ray.stages.ingest import IngestConfig, ingest
     from selfsup_ray.stages.interop import (
+        export_features,
         export_graph,
         to_csr,
         to_opentsne,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from selfsup_ray.stages.lowshot import LowShot, low_shot
     from selfsup_ray.stages.lowshot_config import LowShotConfig
     from selfsup_ray.stages.maps import MapsConfig, draw_maps
+    from selfsup_ray.stages.new_images import nearest_images
     from selfsup_ray.stages.patch_dictionary import PatchDictionary
     from selfsup_ray.stages.patches import PatchesConfig, fit_patches
     from selfsup_ray.stages.pretext import PretextConfig, pretrain
@@ -102,7 +104,14 @@ _HOMES = {
         "import_graph",
     ],
     "stages.ingest": ["IngestConfig", "ingest"],
-    "stages.interop": ["export_graph", "to_csr", "to_opentsne", "to_scikit_learn", "to_umap"],
+    "stages.interop": [
+        "export_features",
+        "export_graph",
+        "to_csr",
+        "to_opentsne",
+        "to_scikit_learn",
+        "to_umap",
+    ],
     "stages.labelled_config": [
         "BYOLFinetune",
         "BYOLLinear",
@@ -116,6 +125,7 @@ _HOMES = {
     "stages.lowshot": ["LowShot", "low_shot"],
     "stages.lowshot_config": ["LowShotConfig"],
     "stages.maps": ["MapsConfig", "draw_maps"],
+    "stages.new_images": ["nearest_images"],
     "stages.patch_dictionary": ["PatchDictionary"],
     "stages.patches": ["PatchesConfig", "fit_patches"],
     "stages.pretext": ["PretextConfig", "pretrain"],
@@ -189,6 +199,7 @@ __all__ = [
     "embed",
     "evaluate",
     "export",
+    "export_features",
     "export_graph",
     "finetune",
     "fit_patches",
@@ -197,6 +208,7 @@ __all__ = [
     "ingest",
     "linear",
     "low_shot",
+    "nearest_images",
     "open",
     "ops",
     "patch_dimension",

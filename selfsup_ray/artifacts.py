@@ -123,7 +123,8 @@ def read_json(path: Path) -> Any:
 class ShardedArray:
     """An (N, …) array in a folder of 00000.npy, 00001.npy …, cut at the corpus's rows.
 
-    `shard_rows[i]` rows are in shard i; a shard file that exists is complete.
+    `shard_rows[i]` rows are in shard i; a shard file that exists is complete. float16 is a way to
+    store: `rows` and the whole array come as float32, only `shard` as the file has them.
     """
 
     MANIFEST = "array.json"
@@ -135,6 +136,7 @@ class ShardedArray:
         self.shard_rows = tuple(shard_rows)
         self.offsets = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
         self.dtype = np.dtype(dtype)
+        self.read_dtype = np.dtype(np.float32) if self.dtype == np.float16 else self.dtype
         self.shape: tuple[int, ...] = (int(self.offsets[-1]), *row_shape)
         self._copies = Copies()
 
@@ -206,10 +208,8 @@ class ShardedArray:
         """Return the rows of these global ids, in their order, as a new array."""
         ids = np.asarray(ids, dtype=np.int64)
         inside = len(ids) == 0 or (ids.min() >= 0 and ids.max() < len(self))
-        assert inside, (
-            f"{self.path}: ids must lie in [0, {len(self)}), got {ids.min()}..{ids.max()}"
-        )
-        out = np.empty((len(ids), *self.shape[1:]), dtype=self.dtype)
+        assert inside, f"{self.path}: ids must lie in [0, {len(self)}), got up to {ids.max()}"
+        out = np.empty((len(ids), *self.shape[1:]), dtype=self.read_dtype)
         owner = np.searchsorted(self.offsets, ids, side="right") - 1
         for i in np.unique(owner):
             here = np.flatnonzero(owner == i)
@@ -218,7 +218,7 @@ class ShardedArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         whole = np.concatenate([self.shard(i) for i in range(self.num_shards)])
-        return whole if dtype is None else whole.astype(dtype)
+        return whole.astype(self.read_dtype if dtype is None else dtype, copy=False)
 
 
 def fingerprint(config: Any, inputs: Mapping[str, str]) -> str:

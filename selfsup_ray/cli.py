@@ -13,12 +13,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from selfsup_ray.artifacts import FULL, full_disk
+from selfsup_ray.cli_files import Commands, add_file_commands, location
 from selfsup_ray.config import parse_assignment
 from selfsup_ray.errors import STORAGE, ConfigError, UserError, failed_storage
 from selfsup_ray.stages import STAGES
-from selfsup_ray.storage import located
-
-Commands = Any  # argparse keeps the type of its subparsers to itself
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,19 +69,8 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_sweep(commands)
     _add_report(commands)
-    _add_weights(commands)
-    _add_import_features(commands)
-    _add_import_graph(commands)
-    _add_export_graph(commands)
+    add_file_commands(commands)
     return top
-
-
-def location(text: str) -> Path:
-    """Return a folder or file, or one on an object store, as argparse wants it."""
-    try:
-        return located(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -149,77 +136,6 @@ def _add_report(commands: Commands) -> None:
     command.set_defaults(call=_report)
 
 
-def _add_import_features(commands: Commands) -> None:
-    """selfsup-ray import-features FILE [FILE …] --out FOLDER [--dim D] [--rows N]"""
-    command = commands.add_parser(
-        "import-features",
-        help="make an embeddings folder from a raw float32 matrix, HDF5 blocks or a faiss index",
-    )
-    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument("--out", type=location, required=True, metavar="FOLDER")
-    command.add_argument("--dim", type=int, metavar="D", help="numbers in a row of a raw matrix")
-    command.add_argument("--rows", type=int, metavar="N", help="only the first N rows")
-    command.add_argument(
-        "--keep-length", action="store_true", help="do not make unit rows: for the stage reduce"
-    )
-    _add_workers(command)
-    command.set_defaults(call=_import_features)
-
-
-def _add_import_graph(commands: Commands) -> None:
-    """selfsup-ray import-graph ndis1000000_k32_I_11.int32 --out FOLDER [--features FOLDER]"""
-    command = commands.add_parser(
-        "import-graph", help="make a graph folder from files of neighbor ids and similarities"
-    )
-    command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("--out", type=location, required=True, metavar="FOLDER")
-    command.add_argument("--k", type=int, metavar="K", help="entries in a row, itself counted")
-    command.add_argument("--similarity", type=Path, metavar="FILE", help="default: D_ for I_")
-    command.add_argument(
-        "--features",
-        type=location,
-        metavar="FOLDER",
-        help="embeddings; then the recall is measured",
-    )
-    command.add_argument(
-        "--min-recall", type=float, metavar="SHARE", help="stop when the measured recall is lower"
-    )
-    _add_workers(command)
-    command.set_defaults(call=_import_graph)
-
-
-def _add_export_graph(commands: Commands) -> None:
-    """selfsup-ray export-graph RUN_FOLDER --format csr --out PATH"""
-    command = commands.add_parser(
-        "export-graph", help="write a run's graph as files that other programs read"
-    )
-    command.add_argument("graph", type=location, metavar="FOLDER", help="of a run or of its graph")
-    command.add_argument(
-        "--format",
-        choices=("csr", "distances", "int32"),
-        default="csr",
-        help="csr: similarities for scipy; distances: the same for scikit-learn's "
-        "metric='precomputed'; int32: raw ids and similarities",
-    )
-    command.add_argument("--out", type=location, required=True, metavar="PATH")
-    command.set_defaults(call=_export_graph)
-
-
-def _add_weights(commands: Commands) -> None:
-    """selfsup-ray weights CHECKPOINT"""
-    command = commands.add_parser(
-        "weights", help="say which ResNet a checkpoint holds, where, and how to embed with it"
-    )
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    command.set_defaults(call=_weights)
-
-
-def _add_workers(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--workers", type=int, default=0, metavar="W", help="Ray workers; 0: this process"
-    )
-
-
 def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     _add_changes(command)
@@ -281,55 +197,10 @@ def _sweep(options: argparse.Namespace) -> None:
     print(sweeping.sweep(options.sweep, dict(options.changes), address=options.address).text())
 
 
-def _weights(options: argparse.Namespace) -> None:
-    from selfsup_ray.models.weights import inspect_foreign
-
-    print(inspect_foreign(options.checkpoint))
-
-
 def _report(options: argparse.Namespace) -> None:
     from selfsup_ray.report import write_report
 
     print(write_report(options.run))
-
-
-def _import_features(options: argparse.Namespace) -> None:
-    from selfsup_ray.config import Resources
-    from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
-
-    config = ImportFeaturesConfig(
-        dim=options.dim,
-        rows=options.rows,
-        normalize=not options.keep_length,
-        resources=Resources(workers=options.workers),
-    )
-    print(import_features(options.files, config, out=options.out).path)
-
-
-def _import_graph(options: argparse.Namespace) -> None:
-    from selfsup_ray.config import Resources
-    from selfsup_ray.stages.embed import Embeddings
-    from selfsup_ray.stages.imported import ImportGraphConfig, import_graph
-
-    made = import_graph(
-        options.file,
-        ImportGraphConfig(
-            k=options.k,
-            min_recall=options.min_recall,
-            resources=Resources(workers=options.workers),
-        ),
-        out=options.out,
-        similarity=options.similarity,
-        features=Embeddings.open(options.features) if options.features else None,
-    )
-    print(made.path)
-
-
-def _export_graph(options: argparse.Namespace) -> None:
-    from selfsup_ray.stages.interop import export_graph, find_graph
-
-    for path in export_graph(find_graph(options.graph), options.out, format=options.format):
-        print(path)
 
 
 class _Stderr(logging.StreamHandler[Any]):

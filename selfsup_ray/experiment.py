@@ -127,6 +127,8 @@ class Experiment:
             raise ValueError("linear.features=embeddings needs embed: add the key `embed: {}`")
         if self.sela and self.ingest:
             require_views(self.sela, self.ingest.image_size)
+        if self.probe and self.probe.knn_index == "graph" and not self.graph:
+            raise ValueError("probe.knn_index=graph needs graph: add the key `graph: {}`")
         self._require_patches()
         self._require_unit_rows()
 
@@ -231,6 +233,8 @@ class Experiment:
         """Return the stages of this experiment whose results a stage reads."""
         wanted = {*self._needs(stage), *USES.get(stage, ())}
         wanted |= {self.encoder or ""} if ENCODER in wanted else set()
+        if stage == "probe" and self.probe and self.probe.knn_index == "graph":
+            wanted |= {"graph"}
         return tuple(name for name in self.stages if name in wanted)
 
     def folder(self, stage: str) -> Path:

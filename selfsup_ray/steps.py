@@ -235,6 +235,7 @@ def _probe(e: Experiment, at: Folders, tracker: Tracker | None) -> None:
         e.probe,
         out=at("probe"),
         sources=corpus.sources,
+        graph=Graph.open(at("graph")) if e.probe.knn_index == "graph" else None,
         tracker=tracker,
     )
 

@@ -7,8 +7,12 @@ import pytest
 import scipy.sparse
 
 from selfsup_ray import cli
+from selfsup_ray.artifacts import ShardedArray
+from selfsup_ray.data import published
+from selfsup_ray.data.published import write_feature_block
 from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph
+from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
 
 
 def test_published_files_go_in_and_come_out_the_same(
@@ -43,11 +47,49 @@ def test_published_files_go_in_and_come_out_the_same(
 
 
 @pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("float32", ["features.float32"]),
+        ("hdf5", ["block0.hdf5", "block1.hdf5"]),
+        ("index", ["features.index"]),
+    ],
+)
+def test_features_go_out_in_the_published_forms_and_come_back_the_same(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    names: list[str],
+):
+    rows = np.random.default_rng(0).normal(size=(50, 6)).astype("f4")
+    write_feature_block(tmp_path / "rows.hdf5", rows, np.arange(50) % 7 - 1)
+    config = ImportFeaturesConfig(shard_rows=20, normalize=False)
+    import_features(tmp_path / "rows.hdf5", config, out=tmp_path / "embed")
+    defaults = (*published.write_feature_blocks.__kwdefaults__.items(),)
+    assert defaults == (("block_rows", 1_000_000),)
+    monkeypatch.setitem(published.write_feature_blocks.__kwdefaults__, "block_rows", 30)
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "embed"), "--format", kind, "--out", str(out)]
+    assert cli.main(["export-features", *arguments]) == 0
+    assert capsys.readouterr().out.split() == [str(out / name) for name in names]
+    assert sorted(path.name for path in out.iterdir()) == names
+    again = ImportFeaturesConfig(dim=6 if kind == "float32" else None, normalize=False)
+    found = import_features([out / name for name in names], again, out=tmp_path / "again")
+    np.testing.assert_array_equal(np.asarray(found.array), rows)
+    if kind == "hdf5":
+        labels = np.asarray(ShardedArray.open(tmp_path / "again" / "labels"))
+        np.testing.assert_array_equal(labels, np.arange(50) % 7 - 1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["import-features", "absent.float32", "--dim", "4", "--out", "x"], "is not there"),
         (["import-graph", "absent_k4_I_11.int32", "--out", "x"], "does not say how many"),
         (["export-graph", "absent", "--out", "x"], "holds no finished stage"),
+        (["export-features", "absent", "--out", "x"], "holds no finished stage"),
+        (["neighbors", "absent", "photo.jpg"], "holds no finished stage"),
+        (["neighbors", "absent", "photo.jpg", "--k", "0"], "k=0, but every image"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_two(

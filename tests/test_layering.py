@@ -64,7 +64,7 @@ LEVELS = {
         ],
         4,
     ),
-    **dict.fromkeys(["cli", "__init__", "__main__"], 5),
+    **dict.fromkeys(["cli", "cli_files", "__init__", "__main__"], 5),
 }
 # Imports between two packages of one level that the design asks for; the other way is refused.
 SIDEWAYS = {

@@ -1,13 +1,16 @@
 """Running and planning an experiment: what is run, skipped, refused, and what it would cost."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from selfsup_ray import cli
 from selfsup_ray.artifacts import read_done
 from selfsup_ray.config import Resources, build, override
 from selfsup_ray.costs_network import network
@@ -205,6 +208,32 @@ def test_a_mistake_between_stages_is_found_when_the_config_is_made(
     with pytest.raises(ConfigError) as caught:
         override(made, changes)
     assert says in str(caught.value)
+
+
+def test_new_images_find_their_neighbors_in_a_finished_run(
+    finished: tuple[Path, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, _ = finished
+    run_folder = folder / "runs" / "tiny"
+    corpus = Corpus.open(run_folder / "ingest")
+    own = corpus.sources(np.array([3, 17]))
+    new = [str(next((folder / "photos").rglob(Path(name).name))) for name in own]
+    out = tmp_path / "found.csv"
+    arguments = [str(run_folder), *new, "--k", "4"]
+    assert cli.main(["neighbors", *arguments, "--out", str(out)]) == 0
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"] * 2
+    graph = Graph.open(run_folder / "graph")
+    for i, image in enumerate((3, 17)):
+        listed = rows[4 * i : 4 * i + 4]
+        assert listed[0]["image"] == new[i] and listed[0]["source"] == own[i]
+        wanted = [image, *np.asarray(graph.ids)[image, :3].tolist()]
+        assert [int(row["id"]) for row in listed] == wanted
+        assert float(listed[0]["similarity"]) == pytest.approx(1, abs=1e-5)
+    capsys.readouterr()
+    assert cli.main(["neighbors", *arguments]) == 0
+    assert capsys.readouterr().out == out.read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from selfsup_ray.cluster.methods import ExactConfig, SearchConfig, index_files
 from selfsup_ray.cluster.pairs import answers, pays, write_all_pairs
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.config import Resources
+from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.index import NO_ID, IndexShard
 from selfsup_ray.ops.neighbors import Neighbors, drop_self, merge_neighbors
 from selfsup_ray.ops.pieces import ApproximateShard
@@ -136,8 +137,14 @@ class Search:
     def search(self, queries: Array, k: int) -> Neighbors:
         """Return the k nearest rows of each query (n, d), float32 unit rows, any n.
 
-        Memory beyond the arguments and the result is bounded.
+        Memory beyond the arguments and the result is bounded. Raises ConfigError for queries of
+        another dimension, or with a number that is not finite.
         """
+        if queries.shape[1:] != self.array.shape[1:] or not np.isfinite(queries).all():
+            raise ConfigError(
+                f"Queries must be finite rows of {self.array.shape[1]} numbers, as in "
+                f"{self.array.path}; got an array {queries.shape}."
+            )
         step = self._block_rows(k)
         blocks = (queries[i : i + step] for i in range(0, len(queries), step))
         found = list(self.stream(blocks if len(queries) else [queries], k))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,9 @@ from selfsup_ray.ops.faiss_files import IndexRows
 
 if TYPE_CHECKING:
     import h5py
+
+
+_ROWS_AT_ONCE = 16_384
 
 
 class Rows(Protocol):
@@ -196,14 +199,42 @@ def _block_shape(path: Path) -> tuple[int, int]:
 
 def write_feature_block(path: Path, features: Array, labels: Array, *, batch: int = 1) -> None:
     """Write features (n, d) and labels (n,) as one HDF5 block, filled up to whole batches."""
+    _write_block(path, [features], labels, dim=features.shape[1], batch=batch)
+
+
+def _write_block(
+    path: Path, parts: Iterable[Array], labels: Array, *, dim: int, batch: int
+) -> None:
     import h5py
 
-    size = -(-len(features) // batch) * batch
+    count, start = len(labels), 0
+    size = -(-count // batch) * batch
     with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
-        block = file.create_dataset("all_feats", (size, features.shape[1]), "f4")
-        block[: len(features)] = features
-        file.create_dataset("all_labels", (size,), "i4")[: len(labels)] = labels
-        file.create_dataset("count", (1,), "i4")[0] = len(features)
+        block = file.create_dataset("all_feats", (size, dim), "f4")
+        for part in parts:
+            block[start : start + len(part)] = part
+            start += len(part)
+        assert start == count, f"{path}: {start} features, {count} labels"
+        file.create_dataset("all_labels", (size,), "i4")[:count] = labels
+        file.create_dataset("count", (1,), "i4")[0] = count
+
+
+def write_feature_blocks(
+    folder: Path, array: ShardedArray, labels: Array, *, block_rows: int = 1_000_000
+) -> list[Path]:
+    """Write an (N, d) array and labels (N,) as block0.hdf5, block1.hdf5 …; return their paths.
+
+    A few thousand rows are in memory at a time.
+    """
+    n, dim = array.shape
+    paths: list[Path] = []
+    for start in range(0, max(n, 1), block_rows):
+        stop = min(start + block_rows, n)
+        cuts = range(start, stop, _ROWS_AT_ONCE)
+        parts = (array.rows(np.arange(a, min(a + _ROWS_AT_ONCE, stop))) for a in cuts)
+        paths.append(folder / f"block{len(paths)}.hdf5")
+        _write_block(paths[-1], parts, labels[start:stop], dim=dim, batch=1)
+    return paths
 
 
 class _First:

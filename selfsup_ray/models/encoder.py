@@ -159,16 +159,22 @@ class Encoder:
         return for_inference(network, device)
 
     def embed(
-        self, images: Source, *, device: str | torch.device = "cpu", batch_size: int = 64
+        self,
+        images: Source,
+        *,
+        layer: Layer | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
     ) -> Array:
         """Return unit rows (n, dim) float32 of image files, or of a uint8 tensor (n, 3, S, S).
 
-        Raises ImageError naming the first file that is no readable image.
+        layer: whose rows, as in `embed.layer`. Raises ImageError naming the first file that is no
+        readable image.
         """
-        network = self.module(device)
+        network = self.module(device, layer=layer)
         batches = image_batches(images, self.description.images, batch_size=batch_size)
         rows = [network(batch.to(device)).cpu().numpy() for batch in batches]
-        return np.concatenate([np.empty((0, self.dim), dtype=np.float32), *rows])
+        return np.concatenate([np.empty((0, self.layer_dim(layer)), dtype=np.float32), *rows])
 
 
 def save_encoder(

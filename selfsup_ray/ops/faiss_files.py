@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsup_ray.artifacts import Array, whole_file
+from selfsup_ray.artifacts import Array, ShardedArray, whole_file
 from selfsup_ray.errors import ArtifactError, ResourceError
 
 
@@ -17,7 +17,8 @@ def _faiss(path: Path) -> Any:
         import faiss
     except ImportError:
         raise ResourceError(
-            f"{path} is a file of faiss, which is not installed here. Install faiss-cpu."
+            f"{path} is a file of faiss, which is not installed here. Install "
+            f"faiss-gpu or faiss-cpu."
         ) from None
     return faiss
 
@@ -112,11 +113,19 @@ class IndexRows:
         return ids, scores
 
 
-def write_flat_index(path: Path, rows: Array) -> None:
-    """Write rows (N, d) as a flat index for inner products; all of them are held in memory."""
-    faiss = _faiss(path)
-    index = faiss.IndexFlatIP(rows.shape[1])
-    for i in range(0, len(rows), 65_536):
-        index.add(np.ascontiguousarray(rows[i : i + 65_536], np.float32))
-    with whole_file(path) as temporary:
-        faiss.write_index(index, str(temporary))
+def write_flat_index(path: Path, rows: Array | ShardedArray) -> None:
+    """Write rows (N, d) as a flat index for inner products, a shard in memory at a time.
+
+    The bytes are those of faiss.write_index: the header of an empty index, with the number of
+    vectors at byte 8 and that of their numbers at its end, and then the numbers.
+    """
+    faiss, (n, dim) = _faiss(path), rows.shape
+    header = faiss.serialize_index(faiss.IndexFlatIP(dim)).tobytes()
+    assert header[8:16] == header[-8:] == bytes(8), "the header of a flat index is another one now"
+    shards = range(rows.num_shards) if isinstance(rows, ShardedArray) else range(1)
+    parts = (rows.shard(i) if isinstance(rows, ShardedArray) else rows for i in shards)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(header[:8] + n.to_bytes(8, "little"))
+        file.write(header[16:-8] + (n * dim).to_bytes(8, "little"))
+        for part in parts:
+            file.write(np.ascontiguousarray(part, "<f4").data)

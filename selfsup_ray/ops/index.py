@@ -91,7 +91,7 @@ class FlatIndex:
         self, array: ShardedArray, ids: Array, *, threads: int | None = None, gpu: bool = False
     ) -> None:
         """Read the rows of these ascending ids. Raises ArtifactError when one is not finite."""
-        assert array.dtype == np.float32, f"{array.path}: {array.dtype} rows, want float32"
+        assert array.read_dtype == np.float32, f"{array.path}: {array.dtype} rows, want float32"
         self.dim = int(array.shape[1])
         self.index, self.rows = _flat_index(len(ids), self.dim, threads)
         self.max_norm = _read(array, ids, into=self.rows)

@@ -266,6 +266,9 @@ class StoredRows:
             here, part = np.flatnonzero(owner == i), self._map(int(i))
             products = np.empty(len(here))
             local = rows[here] - self.array.offsets[i]
+            if part.dtype == np.float16:  # the kernel reads float32
+                used, local = np.unique(local, return_inverse=True)
+                part = np.asarray(part[used], np.float32)
             pair_products(queries, part, asking[here], local, products)
             wide[here] = products
 
@@ -279,7 +282,7 @@ class StoredRows:
     def by_id(self, ids: Array) -> Array:
         """Return the rows (n, d) of ids (n,)."""
         if self.array.num_shards == 1:
-            return np.asarray(self._map(0)[ids])
+            return np.asarray(self._map(0)[ids], np.float32)
         out = np.empty((len(ids), *self.array.shape[1:]), np.float32)
         owner = np.searchsorted(self.array.offsets, ids, side="right") - 1
         for i in np.unique(owner):

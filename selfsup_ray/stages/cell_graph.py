@@ -144,7 +144,7 @@ class CellJoin:
         counts = np.bincount(cells, minlength=len(self.tree.centers))
         if not self.is_small:
             path = self._path("run_rows", part)
-            write_new(path, self._corpus_rows, first + order, like=self._shards[a])
+            write_new(path, self._corpus_rows, first + order, like=self._corpus_rows(order[:0]))
             for shard in self._shards[a:b]:  # nobody reads them again
                 release(shard)
         self._write("run_ids", part, first + order)
@@ -161,13 +161,13 @@ class CellJoin:
         return [self.array.shard(i) for i in range(self.array.num_shards)]
 
     def _corpus_rows(self, ids: Array) -> Array:
-        return gathered(self._shards, ids)
+        return np.asarray(gathered(self._shards, ids), np.float32)
 
     def _cells_of(self, shard: int) -> Array:
         """Return the cell of every row of a shard of the corpus."""
         stored, cells = self._shards[shard], []
         for i in range(0, len(stored), BLOCK):
-            rows = np.array(stored[i : i + BLOCK])
+            rows = np.array(stored[i : i + BLOCK], np.float32)
             finite = np.isfinite(rows).all(axis=1)
             if not finite.all():
                 row = int(self.array.offsets[shard]) + i + int(np.argmin(finite))
@@ -236,8 +236,7 @@ class CellJoin:
         order, leader = leaders_first(rows, ids, cells)
         start, follows = int(self.borders[low]), np.flatnonzero(leader != np.arange(len(leader)))
         if self.is_stored:
-            like = np.empty((0, self.array.shape[1]), np.float32)
-            write_new(self._path("placed_rows", i), rows, order, like=like)
+            write_new(self._path("placed_rows", i), rows, order, like=self._corpus_rows(ids[:0]))
             write_new(self._path("placed_order", i), ids.__getitem__, order, like=ids)
         else:
             write_into(self.work / "rows.npy", start, rows, order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -17,19 +18,21 @@ from selfsup_ray.artifacts import (
     ShardedArray,
     begin,
     finish,
+    read_claim,
+    read_config,
     read_done,
     require_disk,
 )
 from selfsup_ray.cluster.methods import ExactConfig, HNSWConfig, IVFConfig
 from selfsup_ray.cluster.neighbors import Search
-from selfsup_ray.config import NonNegative, Positive, Resources, Share, config
-from selfsup_ray.errors import ConfigError
+from selfsup_ray.config import NonNegative, Positive, Resources, Share, build, config
+from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.ops.metrics import Tally, neighbor_agreement, wilson
 from selfsup_ray.ops.neighbors import best_products, pair_similarity, recall
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.progress import track
 from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph, remove_work
-from selfsup_ray.storage import located
+from selfsup_ray.storage import located, reached, relative
 from selfsup_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,18 @@ class Features(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Rows:
+    array: ShardedArray
+    fingerprint: str
+
+
+def place_of(features: Features, out: Path) -> dict[str, str]:
+    """Return the fact where the rows of a graph lie, seen from its folder; none if in no folder."""
+    path = getattr(features, "path", None)
+    return {} if path is None else {"features": relative(located(path), out)}
 
 
 GraphMethod = Annotated[
@@ -132,6 +147,52 @@ class Graph:
         value = self.facts.get("recall")
         return None if value is None else float(value)
 
+    def search(
+        self, resources: Resources | None = None, *, features: Features | None = None
+    ) -> Search:
+        """Return the search that answers for new rows by the index the graph was built with.
+
+        `with graph.search() as search: found = search.search(rows, k)`, rows (n, d) float32 unit
+        rows. `ivf` and `hnsw` load their stored pieces; after `exact` and `cells` every row is
+        compared. By default in this process; `workers` are actors, as for the graph. features:
+        those the graph was made from, where it does not say where they are: imported without them,
+        or made by an earlier version. Raises ArtifactError when rows or pieces are missing.
+        """
+        array = (features or self._features()).array
+        if len(array) != len(self):
+            raise ArtifactError(
+                f"{self.path} has {len(self):,} images, {array.path} {len(array):,}."
+            )
+        stored = read_config(self.path).get("method", {"name": "exact"})
+        kinds: dict[str, type[IVFConfig | HNSWConfig]] = {"ivf": IVFConfig, "hnsw": HNSWConfig}
+        ask, kind = resources or Resources(workers=0), kinds.get(stored["name"])
+        if kind is None or not self.k:
+            return Search(array, ask, stage="search")
+        folder = self.path / "index"
+        if not (folder / "index.json").exists():
+            raise ArtifactError(f"{folder} holds no index. Delete {self.path} to build it again.")
+        made = Search(array, ask, stage="search", method=build(kind, stored), folder=folder)
+        assert made.files is not None
+        if made.files.missing or not made.files.is_trained:
+            made.close()
+            raise ArtifactError(f"{folder} lacks pieces. Delete {self.path} to build it again.")
+        return made
+
+    def _features(self) -> _Rows:
+        """Return the rows the graph was made from, where its stamp says they are."""
+        wanted = read_claim(self.path / "config.yaml")["inputs"].get("features")
+        if "features" not in self.facts:
+            raise ArtifactError(
+                f"{self.path} does not say where the rows are that it was made from. Give them as "
+                f"`features`."
+            )
+        path = reached(self.path, self.facts["features"])
+        if read_done(path).fingerprint != wanted:
+            raise ArtifactError(
+                f"{path} holds other rows than {self.path} was made from. Build the graph again."
+            )
+        return _Rows(ShardedArray.open(path / "rows"), wanted)
+
     @property
     def neighbor_accuracy(self) -> float | None:
         """Share of neighbors with their image's class where both are known; None without labels."""
@@ -184,6 +245,7 @@ def build_graph(
     ids = _search(array, config, out, k=k)
     facts = measure_recall(array, ids, sample=config.recall_sample, seed=config.seed)
     require_recall(out, facts["recall"], config.min_recall, key="graph.min_recall")
+    facts |= place_of(features, out)
     if known is not None:
         facts |= _neighbor_accuracy(ids, known)
     seconds = time.monotonic() - began

@@ -1,7 +1,8 @@
 """A graph in the forms other libraries take: scipy, scikit-learn, umap-learn, openTSNE, files.
 
 These hold the whole graph in memory, as the libraries do: N k times 8 bytes, or 16 with the image
-itself put back in. `export_graph` to the published files streams shard by shard.
+itself put back in. `export_graph` to the published files streams shard by shard, and so does
+`export_features`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from typing import Any, Literal
 import numpy as np
 
 from selfsup_ray.artifacts import Array, ShardedArray, whole_file
+from selfsup_ray.data.published import write_feature_blocks, write_rows
 from selfsup_ray.data.published_graph import with_column, write_graph
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.ops.faiss_files import write_flat_index
+from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.graph import Graph
 from selfsup_ray.storage import located
 
 Values = Literal["connectivity", "similarity", "distance"]
 Metric = Literal["cosine", "euclidean"]
 GraphFormat = Literal["csr", "distances", "int32"]
+FeatureFormat = Literal["float32", "hdf5", "index"]
 
 
 def distances(similarity: Array, metric: Metric) -> Array:
@@ -148,6 +153,34 @@ def export_graph(graph: Graph, out: Path | str, *, format: GraphFormat) -> list[
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         save_npz(file, made)
     return [path]
+
+
+def export_features(features: Embeddings, out: Path | str, *, format: FeatureFormat) -> list[Path]:
+    """Write embeddings, or reduced ones, as published files into a folder; return their paths.
+
+    `float32`: one raw matrix, features.float32; `hdf5`: blocks of a million rows with the labels
+    that were imported, else those of the corpus, else -1; `index`: a flat index of faiss for inner
+    products, features.index. A shard is in memory at a time. `import_features` reads them all.
+    """
+    out, array = located(out), features.array
+    match format:
+        case "float32":
+            write_rows(out / "features.float32", array)
+            return [out / "features.float32"]
+        case "index":
+            write_flat_index(out / "features.index", array)
+            return [out / "features.index"]
+        case "hdf5":
+            return write_feature_blocks(out, array, _labels(features))
+
+
+def _labels(features: Embeddings) -> Array:
+    """Return the (N,) labels of the rows, -1 where none is known."""
+    if (features.path / "labels" / ShardedArray.MANIFEST).exists():
+        return np.asarray(ShardedArray.open(features.path / "labels"))
+    if "corpus" in features.facts and features.corpus.has_labels:
+        return features.corpus.labels()
+    return np.full(len(features), -1, np.int64)
 
 
 def _published_rows(graph: Graph) -> Iterator[tuple[Array, Array]]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,9 +42,9 @@ from selfsup_ray.config import (
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.ops.logistic import Blocks, LinearClassifier, fit_logistic
 from selfsup_ray.ops.metrics import Tally
-from selfsup_ray.ops.neighbors import knn_vote
+from selfsup_ray.ops.neighbors import Neighbors, knn_vote
 from selfsup_ray.ops.rng import uniforms
-from selfsup_ray.stages.graph import Features, Labels, label_array
+from selfsup_ray.stages.graph import Features, Graph, Labels, label_array
 from selfsup_ray.stages.lowshot_config import HeldOutConfig
 from selfsup_ray.stages.lowshot_data import Sources, held_out
 from selfsup_ray.storage import located
@@ -75,6 +75,9 @@ class ProbeConfig:
     """Bound on the iterations of each fit (L-BFGS)."""
     knn_k: Positive = 200
     """Training images that vote; fewer when there are fewer."""
+    knn_index: Literal["exact", "graph"] = "exact"
+    """What finds them: a search of every training image, or the index that the run's graph was
+    built with, on the rows of the graph: reduced ones where there are any."""
     knn_temperature: PositiveFloat = 0.1
     """Their weight is exp(similarity / temperature)."""
     seed: NonNegative = 0
@@ -146,12 +149,14 @@ def probe(
     *,
     out: Path | str,
     sources: Sources | None = None,
+    graph: Graph | None = None,
     tracker: Tracker | None = None,
 ) -> Probe:
     """Return the linear and the kNN accuracy of frozen embeddings on held-out labelled images.
 
-    labels: (N,), -1 is unknown; sources: for config.test.name=source. Raises ConfigError when fewer
-    than two classes are known or a part of the split is empty.
+    labels: (N,), -1 is unknown; sources: for config.test.name=source; graph: of the same images,
+    for config.knn_index=graph. Raises ConfigError when fewer than two classes are known or a part
+    of the split is empty.
     """
     config, out, began = config or ProbeConfig(), located(out), time.monotonic()
     known = label_array(labels)
@@ -159,12 +164,14 @@ def probe(
     _require_labels(known, split, len(features.array))
     digest = hashlib.blake2b(known.tobytes(), digest_size=16).hexdigest()
     inputs = {"features": features.fingerprint, "labels": digest}
+    if config.knn_index == "graph":
+        inputs["graph"] = _require_graph(graph, features).fingerprint
     if begin(out, stage="probe", config=config, inputs=inputs):
         log.info("probe: %s is current", out)
         return Probe.open(out)
     metrics = {
         "linear": linear_probe(features.array, known, split, config),
-        "knn": knn_probe(features.array, known, split, config, out=out),
+        "knn": knn_probe(features.array, known, split, config, out=out, graph=graph),
         "num_classes": len(np.unique(known[known >= 0])),
         "num_train": len(split.train),
         "num_test": len(split.test),
@@ -208,6 +215,16 @@ def _require_labels(labels: Array, split: Split, num_images: int) -> None:
             f"{len(split.fit):,} of {num_images:,} are for training and {len(split.test):,} for "
             f"testing. Give labels to ingest, or leave the stage probe out."
         )
+
+
+def _require_graph(graph: Graph | None, features: Features) -> Graph:
+    if graph is None or len(graph) != len(features.array):
+        has = "none was given" if graph is None else f"{graph.path} has {len(graph):,} images"
+        raise ConfigError(
+            f"probe.knn_index=graph needs the graph of the {len(features.array):,} embedded "
+            f"images, but {has}. Add the key `graph: {{}}`, or set probe.knn_index to exact."
+        )
+    return graph
 
 
 def linear_probe(
@@ -284,23 +301,33 @@ def _count(labels: Array, num_classes: int) -> Array:
 
 
 def knn_probe(
-    array: ShardedArray, labels: Array, split: Split, config: ProbeConfig, *, out: Path
+    array: ShardedArray,
+    labels: Array,
+    split: Split,
+    config: ProbeConfig,
+    *,
+    out: Path,
+    graph: Graph | None = None,
 ) -> dict[str, Any]:
     """Return the test accuracy of the vote of the most similar training images.
 
     Wu et al. 2018: by cosine similarity s the `knn_k` most similar, each with weight
-    exp(s / knn_temperature) for its class.
+    exp(s / knn_temperature) for its class. graph: with config.knn_index=graph, whose index finds
+    them.
     """
     train = split.train
-    only = out / "train_ids.npy"
-    with whole_file(only) as temporary, open(temporary, "wb") as file:
-        np.save(file, train)
     k, num_classes = min(config.knn_k, len(train)), int(labels.max()) + 1
     hits = of = np.zeros(num_classes, np.int64)
-    with Search(array, config.resources, only=only, stage="probe") as search:
+    by_graph = config.knn_index == "graph"
+    is_train = np.zeros(len(labels), bool)
+    is_train[train] = True
+    with _search(array, train, config, out, graph if by_graph else None) as search:
         for i in range(0, len(split.test), ROWS_AT_ONCE):
             ids = split.test[i : i + ROWS_AT_ONCE]
-            found = search.search(array.rows(ids), k)
+            queries = search.array.rows(ids)
+            found = (
+                nearest_of(search, queries, is_train, k) if by_graph else search.search(queries, k)
+            )
             votes = knn_vote(
                 found.similarity,
                 labels[found.ids],
@@ -311,6 +338,40 @@ def knn_probe(
             hits = hits + _count(y[votes.argmax(axis=1) == y], num_classes)
             of = of + _count(y, num_classes)
     return _scored(hits, of) | {"k": k, "temperature": config.knn_temperature}
+
+
+def _search(
+    array: ShardedArray, train: Array, config: ProbeConfig, out: Path, graph: Graph | None
+) -> Search:
+    """Return the search over the training images, or with a graph that over all its images."""
+    if graph is not None:
+        return graph.search(config.resources)
+    only = out / "train_ids.npy"
+    with whole_file(only) as temporary, open(temporary, "wb") as file:
+        np.save(file, train)
+    return Search(array, config.resources, only=only, stage="probe")
+
+
+def nearest_of(
+    search: Search, queries: Array, is_wanted: Array, k: int, *, wide: int | None = None
+) -> Neighbors:
+    """Return the k nearest of the wanted rows of an index over all rows; ids (n, k).
+
+    is_wanted: (N,) bool, k true at least. Asks for as many neighbors as hold k wanted ones if they
+    lie evenly, then for twice as many where they do not.
+    """
+    n = len(is_wanted)
+    wide = min(n, wide or int(1.25 * k * n / max(1, is_wanted.sum())) + 10)
+    found = search.search(queries, wide)
+    wanted = is_wanted[found.ids]
+    order = np.argsort(~wanted, axis=1, kind="stable")[:, :k]  # stable: still the nearest first
+    ids = np.take_along_axis(found.ids, order, axis=1)
+    similarity = np.take_along_axis(found.similarity, order, axis=1)
+    short = np.flatnonzero(wanted.sum(axis=1) < k)
+    if len(short):
+        more = nearest_of(search, queries[short], is_wanted, k, wide=2 * wide)
+        ids[short], similarity[short] = more.ids, more.similarity
+    return Neighbors(ids, similarity)
 
 
 def _tally(hits: Array, of: Array) -> Tally:

@@ -74,6 +74,9 @@ class ReduceConfig:
     transform: Place | None = None
     """A map that is applied in place of a fitted one: the folder of another `reduce`, or a linear
     transform of faiss (.vt); of the fields above only `dim` then counts."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How rows are stored. `float16` takes half the disk; all that reads them computes in float32
+    and more, on numbers off by up to 0.05 %."""
     seed: NonNegative = 0
     """Chooses the sample and the rotation."""
     resources: Resources = Resources()
@@ -92,7 +95,7 @@ class ReduceConfig:
 
 
 class Reduced:
-    """Handle on a reduced folder: (N, dim) float32 unit rows, cut as the embeddings are."""
+    """Handle on a reduced folder: (N, dim) unit rows, cut as the embeddings are."""
 
     def __init__(self, path: Path) -> None:
         self.path = located(path)
@@ -152,7 +155,7 @@ def reduce(
     if not (out / "transform.safetensors").exists():
         _fit(array, config, out) if given is None else _write_transform(out, given)
     rows = ShardedArray.create(
-        out / "rows", shard_rows=array.shard_rows, row_shape=(config.dim,), dtype="float32"
+        out / "rows", shard_rows=array.shard_rows, row_shape=(config.dim,), dtype=config.dtype
     )
     missing = rows.unwritten()
     work = partial(_reduce_shard, array.path.absolute(), out.absolute(), _threads(config))
@@ -213,7 +216,11 @@ def _disk_bytes(config: ReduceConfig, array: ShardedArray) -> int:
     """Return what is on disk at most: the rows, the map, and the moments while it is fitted."""
     n, d = array.shape
     blocks = -(-min(config.sample, n) // SAMPLE_BLOCK)
-    return n * config.dim * 4 + 2 * config.dim * d * 4 + blocks * (d + 1) * d * 8
+    return (
+        n * config.dim * np.dtype(config.dtype).itemsize
+        + 2 * config.dim * d * 4
+        + blocks * (d + 1) * d * 8
+    )
 
 
 def _threads(config: ReduceConfig) -> int:

@@ -157,6 +157,10 @@ def test_an_index_gives_its_vectors_back_by_id(tmp_path: Path, kind: str):
 def test_a_written_index_finds_what_a_product_finds(tmp_path: Path):
     rows = unit_rows(made_rows(200, mean=0))
     write_flat_index(tmp_path / "a.index", rows)
+    whole = faiss.IndexFlatIP(rows.shape[1])
+    whole.add(rows)
+    faiss.write_index(whole, str(tmp_path / "theirs.index"))
+    assert (tmp_path / "a.index").read_bytes() == (tmp_path / "theirs.index").read_bytes()
     ids, scores = IndexRows(tmp_path / "a.index").search(rows[:9], 5)
     order = np.argsort(-(rows[:9] @ rows.T), axis=1)[:, :5]
     np.testing.assert_array_equal(ids, order)

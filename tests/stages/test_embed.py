@@ -65,6 +65,15 @@ def test_bfloat16_rows_are_unit_float32_near_the_exact_ones(tmp_path):
     assert 0.99 < cosine.min() < 0.9999999
 
 
+def test_rows_are_stored_as_float16_when_asked(tmp_path):
+    corpus, encoder = made_corpus(tmp_path), made_encoder(tmp_path)
+    exact = embed(corpus, encoder, EmbedConfig(resources=HERE), out=tmp_path / "exact")
+    config = EmbedConfig(dtype="float16", resources=HERE)
+    half = embed(corpus, encoder, config, out=tmp_path / "half").array
+    assert half.shard(0).dtype == np.float16
+    np.testing.assert_array_equal(np.asarray(half), np.asarray(exact.array).astype(np.float16))
+
+
 def test_actors_give_the_same_bits_as_this_process(tmp_path, ray_session):
     corpus, encoder = made_corpus(tmp_path), made_encoder(tmp_path)
     alone = embed(corpus, encoder, EmbedConfig(resources=HERE), out=tmp_path / "alone")
