@@ -254,7 +254,7 @@ def _diffuse(e: Experiment, n: int) -> Cost:
     labels = min(made.memory_gb * 1e9, spread_bytes(n, 128, dtype=made.dtype))
     return Cost(
         memory_bytes=int(WORKER_BYTES + labels + links * 4),
-        disk_bytes=int(links * 4 + n * (12 + made.top * 16)),
+        disk_bytes=int(links * 4 + n * (12 + made.top * 16 * (1 + made.num_held))),
         seconds=made.niter * step_s,
         assumes=f"100 classes, {made.niter} steps of {step_s:.1f} s, a link both ways for "
         f"{2 - LINKS_PER_NEIGHBOR:.0%} of the neighbors",

@@ -206,4 +206,4 @@ def _diffuse(e: Experiment, n: int, shards: int) -> Counts | None:
     made = e.diffuse
     if made.mode == "rows" or spread_bytes(n, 100, dtype=made.dtype) > made.memory_gb * 1e9:
         return None
-    return Counts(tasks=2 + shards, at_once=1)
+    return Counts(tasks=2 + shards * (1 + len(made.kept)), at_once=1)

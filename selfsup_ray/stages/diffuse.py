@@ -152,6 +152,18 @@ class DiffuseConfig:
         if self.mode == "rows" and self.resources.gpus:
             raise ValueError("`mode` is rows, which runs on CPUs; set `resources.gpus` to 0")
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Steps whose scores `keep_steps` asks for."""
+        if isinstance(self.keep_steps, tuple):
+            return tuple(sorted(set(self.keep_steps)))
+        return tuple(range(self.niter + 1)) if self.keep_steps == "all" else ()
+
+    @property
+    def num_held(self) -> int:
+        """Steps beside the result whose scores are on disk at a time, at most."""
+        return self.niter + 1 if self.stop else len(self.kept)
+
 
 class Diffusion:
     """Handle on a finished diffusion: the best classes of every image and their scores."""
@@ -266,8 +278,7 @@ def _job(graph: Graph, known: Array, config: DiffuseConfig, out: Path) -> Job:
     num_classes = int(known.max()) + 1
     top = min(config.top, num_classes)
     each = len(graph) * (top * 16 + 4 + 4 * num_classes * 2 * config.full_scores)
-    kept = 0 if config.keep_steps == "last" else config.niter + 1
-    size = each * (1 + max(kept, (config.niter + 1) * (config.stop is not None)))
+    size = each * (1 + config.num_held)
     require_disk(out, size_bytes=size + len(graph) * (graph.k * 7 + 30))
     save(out / "seeds.npy", seeds)
     watched = np.flatnonzero((known >= 0) & (seeds < 0))
@@ -279,8 +290,6 @@ def _job(graph: Graph, known: Array, config: DiffuseConfig, out: Path) -> Job:
             f"diffuse: {len(watched)} labels are hidden, too few for diffuse.stop.by=accuracy. "
             f"Lower diffuse.labels_per_class, or set diffuse.stop.by=certainty."
         )
-    every = tuple(range(config.niter + 1))
-    keep: Any = {"all": every, "last": ()}.get(str(config.keep_steps), config.keep_steps)
     return Job(
         out=out.absolute(),
         graph=graph.path.absolute(),
@@ -294,7 +303,7 @@ def _job(graph: Graph, known: Array, config: DiffuseConfig, out: Path) -> Job:
         seed=config.seed,
         memory_bytes=int(config.memory_gb * 1e9),
         resources=config.resources,
-        keep=tuple(keep),
+        keep=config.kept,
         stop=None if stop is None else Stop(stop.by, stop.patience),
     )
 

@@ -37,9 +37,11 @@ def row_results(job: Job) -> Results:
     for t in range(job.niter + 1):
         _each(rows.make, rows.missing(t, "sums.npy"), t, job)
         _each(rows.read, rows.missing(t, "facts.npz"), t, job)
-        if t and not job.needs(t - 1):
-            remove_tree(rows.folder(t - 1) / "labels")
-        if job.stop and job.stop.has_ended(_together(rows, t).stop_scores(job)):
+        scores = _together(rows, t).stop_scores(job) if job.stop else []
+        needed = {t, *job.keep, *([job.stop.best(scores)] if job.stop else [])}
+        for before in set(range(t)) - needed:
+            remove_tree(rows.folder(before) / "labels")
+        if job.stop and job.stop.has_ended(scores):
             return _together(rows, t)
     return _together(rows, job.niter)
 
