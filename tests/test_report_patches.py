@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from selfsup_ray.artifacts import read_done
 from selfsup_ray.config import Resources, build
 from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images, write_shapes
 from selfsup_ray.experiment import Experiment
@@ -26,6 +28,8 @@ HALF = [0.5, 0.5, 0.5]
 
 def experiment(folder: Path) -> dict[str, Any]:
     views = {"name": "scan_simclr", "mean": HALF, "std": HALF, "gray_p": 0, "jitter_p": 0}
+    strong = {"name": "ours", "mean": HALF, "std": HALF, "cutout": 4}
+    trained = {"epochs": 1, "batch_size": 50, "precision": "float32", "resources": HERE}
     return {
         "out": str(folder / "run"),
         "ingest": {"source": str(folder / "photos"), "image_size": 16, "resources": HERE},
@@ -34,10 +38,9 @@ def experiment(folder: Path) -> dict[str, Any]:
         "embed": {"resources": HERE},
         "reduce": {"dim": 32, "resources": HERE},
         "graph": {"k": 5, "resources": HERE},
-        "scan": {
-            **{"num_clusters": 4, "num_neighbors": 5, "epochs": 1, "batch_size": 50},
-            **{"precision": "float32", "views": views, "resources": HERE},
-        },
+        "scan": {**trained, "num_clusters": 4, "num_neighbors": 5, "views": views},
+        "selflabel": {**trained, "threshold": 0.3, "views": strong},
+        "diffuse": {"labels_per_class": 10, "niter": 5, "resources": HERE},
         "probe": {},
         "evaluate": {},
         "export": {},
@@ -63,11 +66,19 @@ def test_codes_tell_shapes_apart_without_training(finished: tuple[Experiment, Re
 
 def test_clusters_stand_on_codes_like_on_any_encoder(finished: tuple[Experiment, Result]):
     made, result = finished
-    clusterer = Clusterer.open(made.folder("scan"))
-    kernel = clusterer.backbone().state_dict()["kernel"]
-    assert kernel.shape == (32, 75)
-    assert clusterer.assignments.shape == (200,)
+    for stage in ("scan", "selflabel"):
+        clusterer = Clusterer.open(made.folder(stage))
+        backbone = clusterer.backbone().state_dict()
+        dictionary = PatchDictionary.open(made.folder("patches")).kernel
+        np.testing.assert_array_equal(backbone["kernel"].numpy(), dictionary[0])
+        assert clusterer.assignments.shape == (200,)
     assert result.pseudo_labels is not None
+
+
+def test_labels_spread_over_the_neighbors_that_codes_find(finished: tuple[Experiment, Result]):
+    made, _ = finished
+    facts = read_done(made.folder("diffuse")).facts
+    assert facts["accuracy"] > 0.4  # chance: 0.25
 
 
 def test_the_dictionary_is_exported_with_the_encoder(finished: tuple[Experiment, Result]):
