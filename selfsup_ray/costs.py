@@ -183,7 +183,7 @@ def _patches(e: Experiment) -> Cost:
 def _embed(e: Experiment, n: int) -> Cost:
     assert e.embed is not None
     if e.embed.imported is not None:
-        size = feature_dim(e) * 4
+        size = feature_dim(e) * (2 if e.embed.dtype == "float16" else 4)
         return Cost(
             memory_bytes=WORKER_BYTES + 2 * ImportFeaturesConfig().shard_rows * size,
             disk_bytes=n * (size + 8),

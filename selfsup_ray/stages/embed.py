@@ -67,6 +67,20 @@ class EmbedConfig:
     resources: Resources = Resources()
     """`workers` actors hold the encoder, with `gpus` each on a GPU; 0 runs in this process."""
 
+    def __post_init__(self) -> None:
+        of_encoder = {
+            "batch_size": self.batch_size != 256,
+            "layer": self.layer is not None,
+            "precision": self.precision != "float32",
+            "resources.gpus": self.resources.gpus > 0,
+        }
+        given = [name for name, is_set in of_encoder.items() if is_set]
+        if self.imported is not None and given:
+            raise ValueError(
+                f"`{given[0]}` is for an encoder, but `imported` takes the rows from files; leave "
+                f"one of them out"
+            )
+
 
 class Embeddings:
     """Handle on an embeddings folder: (N, d) unit rows, cut at the corpus's shards."""

@@ -16,6 +16,7 @@ from selfsup_ray.errors import ConfigError
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.planning import plan_experiment
 from selfsup_ray.stages.diffuse import Diffusion
+from selfsup_ray.stages.embed import Embeddings
 from selfsup_ray.stages.lowshot import LowShot
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_labels_of_a_raw_matrix_spread_over_its_graph(files: Path, tmp_path: Pat
     source |= {"labels": str(tmp_path / "labels.npy"), "class_names": str(tmp_path / "names.txt")}
     values = {
         "out": str(tmp_path / "run"),
-        "embed": {"imported": source, "resources": here},
+        "embed": {"imported": source, "dtype": "float16", "resources": here},
         "graph": {"k": 6, "resources": here},
         "diffuse": {"niter": 3, "resources": here},
     }
@@ -118,6 +119,7 @@ def test_labels_of_a_raw_matrix_spread_over_its_graph(files: Path, tmp_path: Pat
     path.write_text(yaml.safe_dump(values))
     assert [s.state for s in plan_experiment(build(Experiment, values)).steps] == ["run"] * 3
     assert cli.main(["run", str(path)]) == 0
+    assert Embeddings.open(tmp_path / "run" / "embed").array.dtype == np.float16
     found = np.asarray(Diffusion.open(tmp_path / "run" / "diffuse").predictions)
     assert (found == truth).mean() > 0.8
     assert (tmp_path / "run" / "report.html").exists()
@@ -134,11 +136,12 @@ def test_labels_of_a_raw_matrix_spread_over_its_graph(files: Path, tmp_path: Pat
         ({"scan": {"num_clusters": 2}}, r"on which scan cannot run; leave out scan"),
         ({"lowshot": {"classes": {"num_base": 2}}}, r"normalize is False.*add `reduce: \{\}`"),
         ({"diffuse": {}}, r"diffuse needs graph"),
+        ({"embed": {"layer": "head"}}, r"`layer` is for an encoder, but `imported` takes"),
     ],
 )
 def test_what_cannot_start_from_rows_is_an_error(
     tmp_path: Path, changes: dict[str, Any], message: str
 ):
-    embed = {"imported": {"files": ["x.hdf5"], "normalize": False}}
+    embed = {"imported": {"files": ["x.hdf5"], "normalize": False}, **changes.get("embed", {})}
     with pytest.raises(ConfigError, match=message):
-        build(Experiment, {"out": str(tmp_path), "embed": embed, **changes})
+        build(Experiment, {"out": str(tmp_path), **changes, "embed": embed})
