@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from selfsup_ray import cli
-from selfsup_ray.artifacts import read_done
+from selfsup_ray.artifacts import read_claim, read_done
 from selfsup_ray.config import Resources, build, override
 from selfsup_ray.costs_network import network
 from selfsup_ray.costs_training import Cost
@@ -195,6 +195,11 @@ def test_the_seed_of_an_experiment_is_added_to_every_stages_own():
     [
         ({"graph": None}, "scan needs graph: add the key `graph: {}`"),
         ({"scan.num_neighbors": 6}, "scan.num_neighbors=6 is more than the graph.k=5"),
+        (
+            {"probe.knn_index": "graph", "graph": None, "scan": None, "selflabel": None}
+            | {"diffuse": None},
+            "probe.knn_index=graph needs graph",
+        ),
         ({"ingest.source": None}, "ingest.source is required"),
         (dict.fromkeys(STAGES), "give at least one stage"),
         ({"pretext.method": {"name": "moco", "queue_size": 100}}, "queue_size=100 must be"),
@@ -234,6 +239,20 @@ def test_new_images_find_their_neighbors_in_a_finished_run(
     capsys.readouterr()
     assert cli.main(["neighbors", *arguments]) == 0
     assert capsys.readouterr().out == out.read_text()
+
+
+def test_the_probe_takes_neighbors_from_the_runs_graph_when_told_to(
+    finished: tuple[Path, Result], tmp_path: Path
+):
+    made = copied(finished, tmp_path)
+    shutil.rmtree(made.folder("probe"))
+    asked = override(made, {"probe.knn_index": "graph"})
+    assert asked.inputs("probe") == ("ingest", "embed", "graph")
+    assert made.inputs("probe") == ("ingest", "embed")
+    run_experiment(asked, only=["probe"])
+    claim = read_claim(made.folder("probe") / "config.yaml")
+    assert claim["inputs"]["graph"] == Graph.open(made.folder("graph")).fingerprint
+    assert 0 <= Probe.open(made.folder("probe")).knn <= 1
 
 
 @pytest.mark.parametrize(
