@@ -16,6 +16,7 @@ from selfsup_ray.models.patch_layers import (
     PhiSimpleConfig,
     VanillaConfig,
 )
+from selfsup_ray.ops.spaced_patches import positions
 from selfsup_ray.stages.classify_config import ClassifyConfig
 
 NETWORK_FLOPS = 130e9
@@ -113,7 +114,7 @@ def _layer(
 ) -> tuple[_LayerWork, int, int]:
     """Return the work of a layer, and channels and side of its map."""
     d, model = channels * patch_size**2, config.model
-    side = max(side - patch_size + 1, 1)
+    side = max(positions(side, patch_size, layer.stride, layer.padding), 1)
     products = 2.0 * side**2 * entries * d
     heads = 1 + (len(model.also_k) if isinstance(model, PhiFullConfig | PhiHardConfig) else 0)
     gated = not isinstance(model, PhiHardConfig)

@@ -100,6 +100,10 @@ MEDIAN_SQUARED_1024: dict[str, float] = {
 """The median in place of the mean, with 1024 centroids."""
 
 
+EVERYWHERE: dict[str, Any] = {"stride": 1, "padding": 0}
+"""Of every published layer; folders of older runs do not name them."""
+
+
 def published_curve(
     classify: Mapping[str, Any], *, patches: Mapping[str, Any], whiten: Mapping[str, Any]
 ) -> tuple[str, Curve] | None:
@@ -152,7 +156,7 @@ def _is_default_layer(layer: Mapping[str, Any]) -> bool:
     wanted |= {"bottleneck": 32, "bottleneck_relu": False, "residual": "none"}
     if layer["name"] == "code":
         wanted |= {"k": 128, "patches_per_entry": 256}
-    since = {"source": "maps", "select": "kmeans", "unit_norm": False}  # older runs lack these
+    since = {"source": "maps", "select": "kmeans", "unit_norm": False} | EVERYWHERE
     as_usual = all(layer.get(key, value) == value for key, value in since.items())
     return as_usual and all(layer.get(key) == value for key, value in wanted.items())
 
@@ -166,6 +170,8 @@ def _has_default_head(model: Mapping[str, Any]) -> bool:
     }
     wanted |= {"bottleneck_kernel": 1, "bottleneck_relu": False, "residual": "none"}
     if model.get("pool_stride") not in (None, model.get("pool")):
+        return False
+    if any(model.get(key, value) != value for key, value in EVERYWHERE.items()):
         return False
     return all(model.get(key) == value for key, value in wanted.items())
 

@@ -8,13 +8,13 @@ after the code is linear in x as long as the code stays the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfsup_ray.models.layer_codes import BitCode, Dictionary, TriangleCode
 from selfsup_ray.models.norm import BatchNorm
 from selfsup_ray.models.patch_layers import (
     CodeConfig,
@@ -27,76 +27,12 @@ from selfsup_ray.models.patch_layers import (
     entries,
 )
 from selfsup_ray.ops.gated_linear import gated_pool
-from selfsup_ray.ops.patch_codes import (
-    Kind,
-    Precision,
-    patch_bits,
-    pooled_counts,
-    triangle_code,
-    unpack_bits,
-)
+from selfsup_ray.ops.patch_codes import Precision, pooled_counts, unpack_bits
 from selfsup_ray.ops.relu_pool import relu_pool
+from selfsup_ray.ops.spaced_patches import positions, spaced
 
 Gate = Literal["full", "hard", "conv"]
 """What a layer makes of the code: m (V x + b), m, or ReLU(V x + b) without any code."""
-
-
-@dataclass(frozen=True)
-class Dictionary:
-    """A dictionary as a convolution: kernel (N, channels s s) and bias (N,), float32."""
-
-    kernel: Tensor
-    bias: Tensor
-    patch_size: int
-
-    @property
-    def size(self) -> int:
-        """N, the number of entries."""
-        return len(self.bias)
-
-
-class BitCode(nn.Module):
-    """The packed code of every position for each k, from one pass over the distances."""
-
-    kernel: Tensor
-    bias: Tensor
-
-    def __init__(self, dictionary: Dictionary, *, ks: Sequence[int], kind: Kind) -> None:
-        super().__init__()
-        self.patch_size, self.ks, self.kind = dictionary.patch_size, tuple(ks), kind
-        self.register_buffer("kernel", dictionary.kernel.clone())
-        self.register_buffer("bias", dictionary.bias.clone())
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return a (B, h, w, ceil(N / 8)) uint8 code for each k of images (B, C, S, S)."""
-        kind = images.device.type
-        precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
-        with torch.autocast(kind, enabled=False):
-            return patch_bits(
-                images.float(),
-                self.kernel,
-                self.bias,
-                patch_size=self.patch_size,
-                ks=self.ks,
-                kind=self.kind,
-                precision=precision,
-                threads=torch.get_num_threads(),
-            )
-
-
-class TriangleCode(nn.Module):
-    """ReLU(mean distance - distance) of every position; the kernel may be trained."""
-
-    def __init__(self, dictionary: Dictionary, *, is_trained: bool) -> None:
-        super().__init__()
-        self.patch_size = dictionary.patch_size
-        self.kernel = nn.Parameter(dictionary.kernel.clone(), requires_grad=is_trained)
-        self.bias = nn.Parameter(dictionary.bias.clone(), requires_grad=is_trained)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return one float code (B, N, h, w)."""
-        return [triangle_code(images, self.kernel, self.bias, patch_size=self.patch_size)]
 
 
 class Layer(nn.Module):
@@ -128,7 +64,8 @@ class Layer(nn.Module):
         if config.bottleneck is not None:
             self.bottleneck = nn.Conv2d(features, config.bottleneck, config.bottleneck_kernel)
             features = config.bottleneck
-        self.out_side = config.side_after(side - patch_size + 1)
+        here = positions(side, patch_size, config.stride, config.padding)
+        self.out_side = config.side_after(here)
         if self.out_side < 1:
             raise ValueError(
                 f"a layer of {patch_size} x {patch_size} patches leaves nothing of a map of "
@@ -161,7 +98,7 @@ class Layer(nn.Module):
 
     def _pooled(self, images: Tensor, code: Tensor | None) -> Tensor:
         """Return the gated values after the average pooling, (B, features, h', w')."""
-        pool, stride = self.config.pool, self.config.stride
+        pool, stride = self.config.pool, self.config.pool_step
         side_by_side = pool if pool == stride else None  # what the fused layers can do
         z, is_pooled = self._gated(images, code, side_by_side)
         if pool is None or is_pooled:
@@ -172,41 +109,43 @@ class Layer(nn.Module):
         """Return the gated values of all positions, or their means, and whether these."""
         kind = images.device.type
         precision: Precision = "bfloat16" if torch.is_autocast_enabled(kind) else "float32"
+        apart = {"stride": self.config.stride, "padding": self.config.padding}
+        near, s = spaced(images, patch_size=self.patch_size, **apart)
         if self.gate == "conv":
             with torch.autocast(kind, enabled=False):
-                z = relu_pool(images.float(), *self._map, pool=pool or 1, precision=precision)
+                z = relu_pool(near.float(), *self._map(s), pool=pool or 1, precision=precision)
                 return z, pool is not None
         assert code is not None, "a layer with a dictionary needs the code"
         if code.dtype == torch.uint8 and self.maps is None:
             with torch.autocast(kind, enabled=False):
-                return self._from_bits(images.float(), code, pool, precision), pool is not None
-        return self._from_code(images, code), False
+                return self._from_bits(near.float(), code, s, pool, precision), pool is not None
+        return self._from_code(near, code, s), False
 
-    @property
-    def _map(self) -> tuple[Tensor, Tensor]:
-        """V (N, channels, s, s) and b (N,)."""
-        assert self.linear.bias is not None, "the linear map has a bias"
-        return self.linear.weight, self.linear.bias
+    def _map(self, patch_size: int) -> tuple[Tensor, Tensor]:
+        """Return V (N, C, s, s) for patches of this side, of as many numbers, and b (N,)."""
+        weight, bias = self.linear.weight, self.linear.bias
+        assert bias is not None, "the linear map has a bias"
+        return weight.view(len(weight), -1, patch_size, patch_size), bias
 
     def _from_bits(
-        self, images: Tensor, bits: Tensor, pool: int | None, precision: Precision
+        self, images: Tensor, bits: Tensor, s: int, pool: int | None, precision: Precision
     ) -> Tensor:
-        s = self.patch_size
         if self.gate == "full":
+            weight, bias = self._map(s)
             return gated_pool(
-                images, bits, *self._map, patch_size=s, pool=pool, precision=precision
+                images, bits, weight, bias, patch_size=s, pool=pool, precision=precision
             )
         if pool is None:
             return unpack_bits(bits, self.size).permute(0, 3, 1, 2).float()
         return pooled_counts(bits, self.size, pool=pool, grid=None)
 
-    def _from_code(self, images: Tensor, code: Tensor) -> Tensor:
+    def _from_code(self, images: Tensor, code: Tensor, s: int) -> Tensor:
         """Return m or m (V x + b) at every position; with c maps their sums over entries / k."""
         if code.dtype == torch.uint8:
             code = unpack_bits(code, self.size).permute(0, 3, 1, 2)
         if self.gate == "hard":
             return code.float()
-        z: Tensor = self.linear(images)
+        z = F.conv2d(images, *self._map(s))
         if self.maps is None:
             return z * code
         assert self.k is not None, "several maps an entry are divided by k"
@@ -346,7 +285,7 @@ def code_block(
         Layer(config, gate=gate, size=size, patch_size=s, channels=channels, side=side, k=k)
         for k in each
     ]
-    return Block(_code(model, dictionary, ks), layers, num_classes)
+    return Block(_code(config, model, dictionary, ks), layers, num_classes)
 
 
 def _ks(config: CodeConfig | DeeperCodeConfig, size: int, model: CodeConfig) -> list[int]:
@@ -357,12 +296,15 @@ def _ks(config: CodeConfig | DeeperCodeConfig, size: int, model: CodeConfig) -> 
     return [entries(k, size) for k in (config.k, *also)]
 
 
-def _code(model: CodeConfig, dictionary: Dictionary, ks: Sequence[int]) -> BitCode | TriangleCode:
+def _code(
+    config: LayerConfig, model: CodeConfig, dictionary: Dictionary, ks: Sequence[int]
+) -> BitCode | TriangleCode:
+    apart = {"stride": config.stride, "padding": config.padding}
     if model.embedding != "dictionary":
         dictionary = _random_like(dictionary)
     if model.code == "triangle":
-        return TriangleCode(dictionary, is_trained=model.embedding == "learnable")
-    return BitCode(dictionary, ks=ks, kind=model.code)
+        return TriangleCode(dictionary, is_trained=model.embedding == "learnable", **apart)
+    return BitCode(dictionary, ks=ks, kind=model.code, **apart)
 
 
 def _random_like(dictionary: Dictionary) -> Dictionary:

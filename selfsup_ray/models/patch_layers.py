@@ -63,8 +63,12 @@ def entries(k: float, size: int) -> int:
 
 @config
 class LayerConfig:
-    """What follows a layer's code, in this order; each part but the last can be left out."""
+    """Where a layer looks, and what follows its code, in this order; each part can be left out."""
 
+    stride: Positive = 1
+    """Positions from a patch to the next, of the code and of the gated values alike."""
+    padding: NonNegative = 0
+    """Zeros around the layer's input, for patches that reach over its border."""
     pool: Positive | None = 4
     """Side of the windows of the average pooling; one over the border is averaged over its
     inside."""
@@ -93,7 +97,7 @@ class LayerConfig:
             raise ValueError(f"`pool` is null, so pool_stride={self.pool_stride} moves nothing")
 
     @property
-    def stride(self) -> int | None:
+    def pool_step(self) -> int | None:
         """Positions between two windows; None without pooling."""
         return self.pool_stride or self.pool
 
@@ -101,9 +105,9 @@ class LayerConfig:
         """Return the side of the layer's map for `side` positions along an axis; 0 if none."""
         if side < 1:
             return 0
-        if self.pool is not None and self.stride is not None:
-            windows = -(-(side - self.pool) // self.stride) + 1
-            side = windows - ((windows - 1) * self.stride >= side)  # each begins inside
+        if self.pool is not None and self.pool_step is not None:
+            windows = -(-(side - self.pool) // self.pool_step) + 1
+            side = windows - ((windows - 1) * self.pool_step >= side)  # each begins inside
             if side < 1:  # as AvgPool2d has it: the first window is far too large
                 return 0
         side = self.adaptive_pool or side

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfsup_ray.models.locally_linear import BitCode, Dictionary
+from selfsup_ray.models.layer_codes import BitCode, Dictionary
 from selfsup_ray.ops.patch_codes import unpack_bits
 
 _VALUES_AT_ONCE = 1 << 22

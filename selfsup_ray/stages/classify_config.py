@@ -75,6 +75,12 @@ class ClassifyConfig(TrainConfig):
             raise ValueError("cache_codes=true keeps the codes of one k: leave model.also_k out")
         if isinstance(self.model, CodeConfig) and self.model.code == "triangle":
             raise ValueError("cache_codes=true keeps bits, which model.code=triangle does not have")
+        if isinstance(self.model, CodeConfig) and (self.model.stride > 1 or self.model.padding):
+            raise ValueError(
+                f"cache_codes=true keeps the codes of every position inside a view, but "
+                f"model.stride={self.model.stride} and model.padding={self.model.padding} want "
+                f"others; leave them or cache_codes out"
+            )
 
     def _require_layers(self) -> None:
         model = self.model

@@ -11,9 +11,9 @@ from torch import nn
 
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.encoder import Encoder
+from selfsup_ray.models.layer_codes import Dictionary
 from selfsup_ray.models.locally_linear import (
     Block,
-    Dictionary,
     Layer,
     PatchNetwork,
     code_block,

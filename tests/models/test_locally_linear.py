@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.models.layer_codes import BitCode, Dictionary
 from selfsup_ray.models.locally_linear import (
-    BitCode,
     Block,
-    Dictionary,
     PatchNetwork,
     code_block,
     conv_block,
