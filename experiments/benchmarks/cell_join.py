@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processor import cpu_path
 
 THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CLASSES, LATENT, SHARD = 200, 32, 16_384
@@ -89,12 +90,6 @@ def recall(folder: Path, rows: np.ndarray, ids: np.ndarray, own: np.ndarray, k: 
         products = rows[others].astype(np.float64) @ rows[i].astype(np.float64)
         shares.append((products >= least - 1e-6).sum() / k)
     return float(np.mean(shares))
-
-
-def cpu_path() -> str:
-    """Return the instructions that bfloat16 products use here."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "other")
 
 
 def ours(args: argparse.Namespace, folder: Path, *, workers: int) -> dict[str, Any]:

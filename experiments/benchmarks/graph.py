@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processor import cpu_path
 
 
 def made_rows(n: int, dim: int, *, seed: int) -> np.ndarray:
@@ -140,6 +141,7 @@ def report(
             "gflops": round(2 * args.images**2 * args.dim / median / 1e9, 1),
             "same_as_faiss": round(float((lists[name] == lists[first]).mean()), 6),
             **{key: getattr(args, key) for key in ("images", "dim", "k")},
+            "path": cpu_path(),
             "load": round(os.getloadavg()[0], 1),
         }
         print(json.dumps(line))

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from kmeans import leaves
+from processor import cpu_path
 from torch import Tensor
 
 from selfsup_ray.ops.gated_linear import gated_pool, plain_gated_pool
@@ -204,12 +205,6 @@ def rounded(values: dict[str, Any]) -> dict[str, Any]:
             value = rounded(value)
         made[key] = float(f"{value:.4g}") if isinstance(value, float) and value > 1 else value
     return made
-
-
-def cpu_path() -> str:
-    """Return the instructions that bfloat16 products use here."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "other")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from processor import cpu_path
 
 LATENT, SHARD = 16, 65_536
 
@@ -173,6 +174,7 @@ def main() -> None:
         whole, cut = args.folder / "whole", args.folder / "cut"
         shutil.rmtree(whole, ignore_errors=True)
         line = {"benchmark": "scale", "images": args.images, "dim": args.dim, "k": args.k}
+        line["path"] = cpu_path()
         line |= run(args, whole, kill_at=None)
         if not args.once:
             shutil.rmtree(cut, ignore_errors=True)

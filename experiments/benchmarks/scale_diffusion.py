@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from processor import cpu_path
 from scale import memory
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     if process.returncode:
         raise SystemExit(f"the diffusion failed:\n{text}")
     line = {"benchmark": "scale_diffusion", **json.loads(text.splitlines()[-1])}
-    line |= {"classes": args.classes, "steps": args.steps, "dtype": args.dtype}
+    line |= {"classes": args.classes, "steps": args.steps, "dtype": args.dtype, "path": cpu_path()}
     line |= dict(zip(("peak_gb", "peak_anonymous_gb", "cpu_s"), peaks, strict=True))
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()}))
 
