@@ -171,9 +171,8 @@ def _cell_parts(
 ) -> tuple[int, int]:
     """Return the parts that are sorted and the ranges of cells that are joined, about."""
     assert e.ingest is not None and e.graph is not None
-    budget = method.memory_mb * 1_000_000
-    part = max(1, budget // (dim * 12 + 64) // e.ingest.shard_size)
-    most = method.range_rows(dim=dim, k=e.graph.k)
+    part = max(1, method.part_rows(n, dim=dim) // e.ingest.shard_size)
+    most = method.range_rows(n, dim=dim, k=e.graph.k)
     return ceil(shards / part), min(ceil(n / most), method.cells(n))
 
 

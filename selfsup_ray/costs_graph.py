@@ -65,7 +65,7 @@ def graph_cost(
 
 
 def _cells(method: CellsConfig, *, n: int, dim: int, k: int, cores: float) -> GraphCost:
-    size, ranges = n / method.cells(n), math.ceil(n / method.range_rows(dim=dim, k=k))
+    size, ranges = n / method.cells(n), math.ceil(n / method.range_rows(n, dim=dim, k=k))
     compared = method.probes * size * GROWTH + GROUPS * method.cells(n) ** 0.5
     flops = 2.0 * n * compared * dim
     # Small classes scatter near cells over the whole order, so a range looks into most of them.

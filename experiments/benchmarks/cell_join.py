@@ -9,11 +9,15 @@ ours all files, from rows on disk. Recall is measured on 500 images against all 
 IVF-SQ8 gets its best setting: of three numbers of lists and five of probes, the cheapest whose
 recall on 500 queries reaches `--recall`; its search is timed on 4,000 queries and scaled to all,
 which leaves out nothing but is kinder to its caches. pynndescent runs with its defaults.
-`tasks` is ours through two Ray workers: the CPU seconds of all Ray's worker processes.
+`tasks` is ours through Ray workers (`--workers`, 2) that have started: the CPU seconds of all Ray's
+worker processes and of this one. What starting them costs, once a session, stands in a field of
+its own; the other ways leave their imports out too.
+`threads` is ours in one process on two threads, no Ray: what two workers are to be compared with,
+as one worker with `ours`, since two busy CPUs each take longer for the same work than one alone.
 
 Bars: ours >= 3 x pynndescent at recall >= 0.995, >= 4.5 x IVF-SQ8 at equal recall >= 0.95, tasks
-at most 10 % above ours. The rows: a mixture of 200 overlapping classes, each of 32 directions with
-falling variance; local intrinsic dimension 14 to 16.
+at most 10 % above the same method in one process. The rows: a mixture of 200 overlapping classes,
+each of 32 directions with falling variance; local intrinsic dimension 14 to 16.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from processor import cpu_path
 
 THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CLASSES, LATENT, SHARD = 200, 32, 16_384
+START_S = 5.0
+"""More than a process needs for its imports."""
 
 
 def made_rows(n: int, dim: int, *, seed: int) -> np.ndarray:
@@ -92,37 +98,51 @@ def recall(folder: Path, rows: np.ndarray, ids: np.ndarray, own: np.ndarray, k: 
     return float(np.mean(shares))
 
 
-def ours(args: argparse.Namespace, folder: Path, *, workers: int) -> dict[str, Any]:
-    """Build the graph by the cell join; workers 0 stays in this process."""
-    from selfsup_ray.artifacts import ShardedArray
+def ours(args: argparse.Namespace, folder: Path, *, workers: int, cpus: int = 1) -> dict[str, Any]:
+    """Build the graph by the cell join; workers 0 stays in this process, on `cpus` threads."""
     from selfsup_ray.config import Resources
-    from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph
+    from selfsup_ray.stages.cell_graph import CellsConfig
 
     method = CellsConfig(
         cell_size=args.cell_size, probes=args.probes, extra=args.extra, memory_mb=args.memory_mb
     )
 
-    def build(array: Any, out: Path, config: CellsConfig) -> Any:
-        shape = {"shard_rows": array.shard_rows, "row_shape": (args.k,)}
-        ids = ShardedArray.create(out / "ids", dtype="int32", **shape)
-        ShardedArray.create(out / "similarity", dtype="float32", **shape)
-        cell_graph(array, out, args.k, config, Resources(workers=workers))
-        return ids
-
     array = stored_rows(folder)
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        few = ShardedArray.create(
-            Path(out, "few"), shard_rows=[4000], row_shape=(args.dim,), dtype="float32"
-        )
-        few.write_shard(0, array.shard(0)[:4000])
-        build(few, Path(out, "warm"), CellsConfig())  # numba compiles, oneDNN makes its kernels
+        warm_up(array, Path(out))
         wall, cpu = time.perf_counter(), cpu_seconds(workers)
-        ids = build(array, Path(out, "graph"), method)
+        ask = Resources(workers=workers, cpus=cpus)
+        ids = build(array, Path(out, "graph"), method, ask, k=args.k)
         figures = {"core_s": cpu_seconds(workers) - cpu, "wall_s": time.perf_counter() - wall}
         own = np.load(folder / "truth.npz")["queries"]
         figures["recall"] = recall(folder, np.asarray(array), ids.rows(own), own, args.k)
     setting = {"cells": method.cells(args.images), "probes": args.probes, "extra": args.extra}
     return {**figures, **setting, "products": f"bfloat16, {cpu_path()}"}
+
+
+def build(array: Any, out: Path, config: Any, resources: Any, *, k: int = 32) -> Any:
+    """Write the graph of an array into a new folder and return its lists."""
+    from selfsup_ray.artifacts import ShardedArray
+    from selfsup_ray.stages.cell_graph import cell_graph
+
+    shape = {"shard_rows": array.shard_rows, "row_shape": (k,)}
+    ids = ShardedArray.create(out / "ids", dtype="int32", **shape)
+    ShardedArray.create(out / "similarity", dtype="float32", **shape)
+    cell_graph(array, out, k, config, resources)
+    return ids
+
+
+def warm_up(array: Any, out: Path) -> None:
+    """Build a small graph in this process: imports, numba's and oneDNN's kernels."""
+    from selfsup_ray.artifacts import ShardedArray
+    from selfsup_ray.config import Resources
+    from selfsup_ray.stages.cell_graph import CellsConfig
+
+    few = ShardedArray.create(
+        out / "few", shard_rows=[4000], row_shape=array.shape[1:], dtype="float32"
+    )
+    few.write_shard(0, array.shard(0)[:4000])
+    build(few, out / "warm", CellsConfig(), Resources(workers=0))
 
 
 def cpu_seconds(workers: int) -> float:
@@ -139,11 +159,30 @@ def cpu_seconds(workers: int) -> float:
 
 
 def tasks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Build the same graph by tasks on two Ray workers."""
+    """Build the same graph by tasks on Ray workers."""
     from selfsup_ray.cluster.session import session
 
-    with session(num_cpus=2):
-        return ours(args, folder, workers=2)
+    with session(num_cpus=args.workers):
+        import ray
+
+        started = ray.remote(num_cpus=1)(start_worker)
+        wall = time.perf_counter()
+        spent = ray.get([started.remote(folder) for _ in range(args.workers)])
+        started_s = {"start_core_s": sum(spent), "start_wall_s": time.perf_counter() - wall}
+        return {**started_s, **ours(args, folder, workers=args.workers), "workers": args.workers}
+
+
+def start_worker(folder: Path) -> float:
+    """Warm a worker up, and wait for the others; return its CPU seconds."""
+    with tempfile.TemporaryDirectory() as out:
+        warm_up(stored_rows(folder), Path(out))
+    time.sleep(START_S)  # else one worker takes two of these calls
+    return time.process_time()
+
+
+def threads(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Build the same graph in this process on two threads."""
+    return ours(args, folder, workers=0, cpus=2)
 
 
 def pynndescent(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -205,10 +244,12 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
-    ways = {"ours": None, "tasks": tasks, "pynndescent": pynndescent, "ivf_sq8": ivf_sq8}
+    ways: dict[str, Any] = {"ours": None, "tasks": tasks, "threads": threads}
+    ways |= {"pynndescent": pynndescent, "ivf_sq8": ivf_sq8}
     parser.add_argument(
         "--ways", nargs="+", choices=ways, default=["ours", "pynndescent", "ivf_sq8"]
     )
+    parser.add_argument("--workers", type=int, default=2, help="of tasks")
     parser.add_argument("--cell-size", type=int, default=128)
     parser.add_argument("--probes", type=int, default=24)
     parser.add_argument("--extra", type=int, default=16)

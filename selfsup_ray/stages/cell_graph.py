@@ -40,6 +40,8 @@ from selfsup_ray.storage import StoredPath, names_in
 MAX_CELLS = 262_144
 RANGE_ROWS = 524_288
 """Rows joined at once, at most."""
+TASKS, TASK_ROWS = 8, 65_536
+"""Tasks of each round at least, so that workers share it, as far as each has that many rows."""
 SMALL_BYTES = 2_000_000_000
 """Up to this size rows are read by id, in the page cache; larger corpora are sorted by part first,
 since single rows from a disk cost a page each."""
@@ -70,11 +72,16 @@ class CellsConfig:
         """Return the number of cells for n images."""
         return max(1, min(n // self.cell_size, MAX_CELLS))
 
-    def range_rows(self, *, dim: int, k: int) -> int:
-        """Return how many rows (n, dim) are joined at once, about, for k neighbors each."""
+    def part_rows(self, n: int, *, dim: int) -> int:
+        """Return how many of n rows (n, dim) are sorted at once, about."""
+        return min(max(TASK_ROWS, n // TASKS), self.memory_mb * 1_000_000 // (dim * 12 + 64))
+
+    def range_rows(self, n: int, *, dim: int, k: int) -> int:
+        """Return how many of n rows (n, dim) are joined at once, about, for k neighbors each."""
         # Each costs its row, and its candidates: 6 bytes each, twice k + extra of them.
         row_bytes = dim * 6 + (k + self.extra) * 12 + k * 16
-        return min(RANGE_ROWS, max(4096, self.memory_mb * 1_000_000 // row_bytes))
+        most = min(RANGE_ROWS, max(4096, self.memory_mb * 1_000_000 // row_bytes))
+        return min(most, max(TASK_ROWS, n // TASKS))
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ class CellJoin:
     @cached_property
     def part_shards(self) -> list[tuple[int, int]]:
         """Ranges of the corpus' shards that one task sorts: parts of about equal size."""
-        budget = self.method.memory_mb * 1_000_000 // (self.array.shape[1] * 4 * 3 + 64)
+        n, dim = self.array.shape
+        budget = self.method.part_rows(n, dim=dim)
         cuts = [0]
         for i, end in enumerate(self.array.offsets[1:]):
             if end - self.array.offsets[cuts[-1]] > budget and i > cuts[-1]:
@@ -184,7 +192,8 @@ class CellJoin:
         """Cut the cells into ranges of about equal size and write `borders.npy` and `ranges`."""
         borders = sum(self._read("run_borders", part) for part in range(len(self.part_shards)))
         assert isinstance(borders, np.ndarray)
-        most = self.method.range_rows(dim=self.array.shape[1], k=self.k)
+        n, dim = self.array.shape
+        most = self.method.range_rows(n, dim=dim, k=self.k)
         cuts = [0]
         for cell in range(1, len(borders)):
             if borders[cell] - borders[cuts[-1]] > most and cell - 1 > cuts[-1]:
@@ -195,7 +204,6 @@ class CellJoin:
         ShardedArray.create(self.folder / "order", shard_rows=cut, row_shape=(), dtype="int64")
         with whole_file(self.work / "borders.npy") as path, open(path, "wb") as file:
             np.save(file, borders)
-        n, dim = self.array.shape
         if not self.is_stored:
             for name, shape, kind in (("rows", (n, dim), np.float32), ("order", (n,), np.int64)):
                 create_mapped(self.work / f"{name}.npy", shape, kind).flush()
