@@ -13,6 +13,7 @@ from selfsup_ray.data.views import ViewsConfig
 from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.backbones import BackboneConfig, PatchBackboneConfig
 from selfsup_ray.models.pretext import BYOLConfig, InsDisConfig, MoCoConfig, SimCLRConfig
+from selfsup_ray.models.rotation import TURNS
 from selfsup_ray.stages.imported_rows import imported_shape
 from selfsup_ray.stages.ingest import IngestConfig
 from selfsup_ray.stages.pretext import PretextConfig
@@ -110,9 +111,10 @@ def _pretext(made: PretextConfig) -> _Training:
 
 
 def _sela(made: SeLaConfig) -> _Training:
-    """Return a forward and backward pass of one view, and a forward pass at every event."""
-    passes = 3 + relabeling_passes(made)
-    return _Training(made, made.views, passes=passes, kept=1, copies=3, num_views=1)
+    """Return a forward and backward pass of each copy, and a forward pass at every event."""
+    copies = TURNS if made.rotation else 1
+    passes = 3 * copies + relabeling_passes(made)
+    return _Training(made, made.views, passes=passes, kept=copies, copies=3, num_views=1)
 
 
 def training_cost(e: Experiment, stage: str, n: int, folder: Path) -> Cost:

@@ -21,6 +21,7 @@ from selfsup_ray.models.labels import Labels, Route, Source
 from selfsup_ray.models.norm import SyncNorm, set_batch_norm
 from selfsup_ray.models.objective import Metrics, Objective, at_least_float32, full_precision
 from selfsup_ray.models.relabeling import Block, HeadScores, Relabeled, collected, relabeled
+from selfsup_ray.models.rotation import TURNS, RotationHead, turned
 from selfsup_ray.models.sela_config import AugmentedPass, EstimatedPrior, SeLaMethod, marginals
 from selfsup_ray.ops.metrics import (
     adjusted_rand_index,
@@ -85,6 +86,7 @@ class SeLa(Objective):
         heads, k = method.num_heads, method.num_clusters
         with seeded(method.seed):
             self.heads = nn.ModuleList(_head(backbone.dim, k) for _ in range(heads))
+            self.rotation_head = RotationHead(backbone.dim) if method.rotation else None
         set_batch_norm(self, SyncNorm())
         self.per_epoch = num_images // method.batch_size * method.batch_size
         self.times = method.events.epochs(method.epochs) * self.per_epoch
@@ -101,23 +103,37 @@ class SeLa(Objective):
         self._losses: list[Tensor] = []
 
     def forward(self, views: list[Tensor], ids: Tensor) -> tuple[Tensor, Metrics]:
-        """Return the mean over heads of the cross-entropy with each head's labels of these ids."""
-        features = self.features(views[0], ids, step=self._step)
+        """Return the mean over heads of the cross-entropy with each head's labels of these ids.
+
+        With `rotation`, plus the cross-entropy of the rotations, over four copies of each image,
+        of which the labels concern the unturned one.
+        """
+        n, features = len(ids), self._features_to_learn(views[0], ids)
         with full_precision(features):
-            labels = self.labels.of(ids, self.shares_of(len(ids))).long().unbind(dim=1)
+            labels = self.labels.of(ids, self.shares_of(n)).long().unbind(dim=1)
             rows = at_least_float32(features)
-            logits = [head(rows) for head in self.heads]
+            logits = [head(rows[:n]) for head in self.heads]
             losses = torch.stack(
                 [F.cross_entropy(one, y) for one, y in zip(logits, labels, strict=True)]
             )
             tops = torch.stack([one.argmax(dim=1) for one in logits])
+            metrics = {"label_accuracy": (tops == torch.stack(labels)).float().mean()}
+            loss = losses.mean()
+            if self.rotation_head is not None:
+                rotation, accuracy = self.rotation_head.loss(rows)
+                metrics |= {"rotation_loss": rotation.detach(), "rotation_accuracy": accuracy}
+                loss = loss + rotation
         if self.training:
             self._losses.append(losses.detach())
-        metrics = {
-            "loss": losses.detach().mean(),
-            "label_accuracy": (tops == torch.stack(labels)).float().mean(),
-        }
-        return losses.mean(), metrics
+        return loss, {"loss": loss.detach(), **metrics}
+
+    def _features_to_learn(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Return the features (n, dim) of a step's images; with `rotation` (4 n, dim), turned."""
+        if self.rotation_head is None:
+            return self.features(images, ids, step=self._step)
+        # Every copy has masks of its own, as if it were another image.
+        copies = [ids + len(self.labels) * turns for turns in range(TURNS)]
+        return self.features(turned(images), torch.cat(copies), step=self._step)
 
     def features(self, images: Tensor, ids: Tensor, *, step: int) -> Tensor:
         """Return the features (n, dim) of views; `step` chooses the masks of dropout."""

@@ -206,3 +206,4 @@ class SeLaMethod:
     precision: Literal["float32", "bfloat16"]
     channels_last: bool
     seed: int
+    rotation: bool = False

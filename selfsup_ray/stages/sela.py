@@ -70,6 +70,9 @@ class SeLaConfig(TrainConfig):
     prior: Prior = UniformPrior()
     """Sizes of the clusters: uniform | given | estimated."""
     sinkhorn: SinkhornConfig = SinkhornConfig()
+    rotation: bool = False
+    """Also learn by which right angle an image is turned, on four copies of it and a head of its
+    own: the paper's "+Rot", a network trained anew on given labels (events.name=fixed)."""
     initial_weights: Place | None = None
     """A published SeLa checkpoint to start from: network, heads and, of the same images, labels."""
     epochs: NonNegative = 401
@@ -103,6 +106,7 @@ class SeLaConfig(TrainConfig):
             precision=self.precision,
             channels_last=self.channels_last,
             seed=self.seed,
+            rotation=self.rotation,
         )
 
 
