@@ -144,41 +144,51 @@ def search(
     in the second before a kill.
     """
     from ray import tune
-    from ray.tune.logger import JsonLoggerCallback
 
-    out = out.absolute()
     trainable = tune.with_resources(
         _trainable(run_trial), {"CPU": resources.cpus, "GPU": resources.gpus}
     )
-    folder, store = _storage(out)
-    if tune.Tuner.can_restore(folder, storage_filesystem=store):
-        log.info("sweep: continuing the search in %s", out)
-        tuner = tune.Tuner.restore(
-            folder, trainable=trainable, resume_errored=True, storage_filesystem=store
-        )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=_param_space(space, how),
-            tune_config=_tune_config(how),
-            run_config=tune.RunConfig(
-                name=out.name,
-                storage_path=_storage(out.parent)[0],
-                storage_filesystem=store,
-                # Tune reads its results back from the JSON logger's files.
-                callbacks=[_callback(on_trial), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
-                failure_config=tune.FailureConfig(max_failures=0),
-                verbose=0,
-                log_to_file=True,
-            ),
-        )
     with _quiet():
-        results = tuner.fit()
+        results = _tuner(trainable, space, how, out.absolute(), on_trial).fit()
     ended = [results[i] for i in range(len(results))]
     trials = [_trial(result.config or {}, result.metrics, result.error) for result in ended]
     for failed in (trial for trial in trials if trial.error is not None):
         on_trial(failed)  # Tune calls back before it knows the reason
     return trials
+
+
+def _tuner(
+    trainable: Any,
+    space: Mapping[str, Dimension],
+    how: Search,
+    out: Path,
+    on_trial: Callable[[Trial], None],
+) -> Any:
+    """Return Tune's search in a folder: the one that was begun there, if any."""
+    from ray import tune
+    from ray.tune.logger import JsonLoggerCallback
+
+    folder, store = _storage(out)
+    if tune.Tuner.can_restore(folder, storage_filesystem=store):
+        log.info("sweep: continuing the search in %s", out)
+        return tune.Tuner.restore(
+            folder, trainable=trainable, resume_errored=True, storage_filesystem=store
+        )
+    return tune.Tuner(
+        trainable,
+        param_space=_param_space(space, how),
+        tune_config=_tune_config(how),
+        run_config=tune.RunConfig(
+            name=out.name,
+            storage_path=_storage(out.parent)[0],
+            storage_filesystem=store,
+            # Tune reads its results back from the JSON logger's files.
+            callbacks=[_callback(on_trial), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+            log_to_file=True,
+        ),
+    )
 
 
 def _storage(folder: Path) -> tuple[str, Any]:
