@@ -84,6 +84,13 @@ def joined(path: StoredPath, pieces: Sequence[StoredPath]) -> Path:
     return derived(f"{path.url} {tags}", path.name, size_bytes, write)
 
 
+def remove_work(folder: Path) -> None:
+    """Delete what only an interrupted build needs; the cells and the order stay."""
+    for path in (folder / "cells").glob("*.npy"):
+        if path.name != "borders.npy":
+            path.unlink()
+
+
 def _write(file: BinaryIO, rows: Rows, order: Array) -> None:
     for i in range(0, len(order), BLOCK):
         file.write(np.ascontiguousarray(rows(order[i : i + BLOCK])).data)

@@ -116,8 +116,7 @@ class CellJoin:
     @cached_property
     def part_shards(self) -> list[tuple[int, int]]:
         """Ranges of the corpus' shards that one task sorts: parts of about equal size."""
-        n, dim = self.array.shape
-        budget = self.method.part_rows(n, dim=dim)
+        budget = self.method.part_rows(len(self.array), dim=self.array.shape[1])
         cuts = [0]
         for i, end in enumerate(self.array.offsets[1:]):
             if end - self.array.offsets[cuts[-1]] > budget and i > cuts[-1]:
@@ -399,10 +398,3 @@ def cell_graph(
     lack = set(ShardedArray.open(folder / "ids").unwritten())
     left = [i for i in parts if not lack.isdisjoint(range(*task.part_shards[i]))]
     one_round(task.scatter, "graph: scatter", left, ask)
-
-
-def remove_work(folder: Path) -> None:
-    """Delete what only an interrupted build needs; the cells and the order stay."""
-    for path in (folder / "cells").glob("*.npy"):
-        if path.name != "borders.npy":
-            path.unlink()

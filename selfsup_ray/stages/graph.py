@@ -31,7 +31,8 @@ from selfsup_ray.ops.metrics import Tally, neighbor_agreement, wilson
 from selfsup_ray.ops.neighbors import best_products, pair_similarity, recall
 from selfsup_ray.ops.rng import permuted
 from selfsup_ray.progress import track
-from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph, remove_work
+from selfsup_ray.stages.cell_files import remove_work
+from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph
 from selfsup_ray.storage import located, reached, relative
 from selfsup_ray.tracking import Tracker
 

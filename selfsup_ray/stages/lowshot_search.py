@@ -14,7 +14,8 @@ from selfsup_ray.config import Resources
 from selfsup_ray.errors import ResourceError
 from selfsup_ray.ops.completion import empty_lists, own_lists, with_rows
 from selfsup_ray.ops.neighbors import Neighbors, merge_neighbors
-from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph, remove_work
+from selfsup_ray.stages.cell_files import remove_work
+from selfsup_ray.stages.cell_graph import CellsConfig, cell_graph
 from selfsup_ray.stages.graph import GraphMethod
 from selfsup_ray.stages.lowshot_pool import (
     Block,
