@@ -57,7 +57,8 @@ def train(
     state = load_state(out / "checkpoint.pt")
     with Live(job, tracker, label) as live:
         if state is not None:
-            live.take(state["history"])  # a kill may have come before they were logged
+            # A kill may have come before they were logged.
+            live.take(state["history"], earlier=True)
         if job.config.resources.workers == 0:
             return _fit_here(job, out, state, live)
         connect(address)
@@ -84,8 +85,11 @@ class Live:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def take(self, records: list[Record]) -> None:
-        """Log new records; steps that were taken before are left out."""
+    def take(self, records: list[Record], *, earlier: bool = False) -> None:
+        """Log new records; steps that were taken before are left out.
+
+        earlier: a run before this one made the steps, so they are not part of the rate.
+        """
         new = [record for record in records if record["step"] > self.step]
         if not new:
             return
@@ -100,7 +104,10 @@ class Live:
             start = start or int(new[0]["step"])  # made with the first record, the bar begins there
             self._bar.skip(start * size)
         note = f"epoch {last['epoch']:.1f}, loss {last['loss']:.4g}, lr {last['lr']:.3g}"
-        self._bar.advance(int(last["step"] - start) * size, note)
+        images = int(last["step"] - start) * size
+        if earlier:
+            self._bar.skip(images)
+        self._bar.advance(0 if earlier else images, note)
         self.step = int(last["step"])
 
 
