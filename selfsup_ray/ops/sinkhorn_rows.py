@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -129,7 +131,11 @@ class KernelRows:
             self.folder.mkdir(parents=True, exist_ok=True)
             return np.empty(shape, self.dtype)
         if self._blocks[i] is None:
-            self._blocks[i] = np.empty(shape, self.dtype)
+            # Pages of its own: they go back at the end, where the heap may keep them.
+            size = math.prod(shape)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            pages = mmap.mmap(-1, max(size, 1) * self.dtype.itemsize, flags=flags)
+            self._blocks[i] = np.frombuffer(pages, self.dtype, size).reshape(shape)
         block = self._blocks[i]
         assert block is not None
         return block
