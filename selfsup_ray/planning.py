@@ -21,6 +21,7 @@ from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.sources import Source
 from selfsup_ray.errors import ArtifactError, ConfigError
 from selfsup_ray.experiment import Experiment, require_stages, seeded
+from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.ops.patch_sampling import num_positions
 from selfsup_ray.planning_cluster import (
     Placed,
@@ -272,6 +273,8 @@ def _state(
     if remade:
         return "current", f"finished; {remade[0]} is made again and must come out the same"
     known = {open_artifact(at(name)).fingerprint for name in inputs}
+    if experiment.encoder in inputs:  # sela's folder holds one beside its clusterer
+        known.add(Encoder.open(at(experiment.encoder)).fingerprint)
     if stage == "embed" and experiment.embed is not None and experiment.embed.imported is not None:
         known.add(imported_digest(experiment.embed.imported))
     _require_same_inputs(at(stage), found, known)

@@ -25,6 +25,7 @@ from selfsup_ray.experiment import Experiment
 from selfsup_ray.models.clusterer import Clusterer
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.pipeline import run_experiment
+from selfsup_ray.planning import stage_states
 from selfsup_ray.report_html import Section
 from selfsup_ray.report_run import Run
 from selfsup_ray.report_sela import ordered, sela_section
@@ -245,6 +246,8 @@ def test_a_run_goes_from_sela_to_probe_scores_and_export(photos: Path, tmp_path:
     assert isinstance(section, Section)
     assert "2 heads of 8 clusters; labels were optimized 3 times" in section.body
     assert section.body.count("<svg") == 5
+    states = stage_states(made, made.folder, made.stages)  # sela's folder: an encoder, a clusterer
+    assert {state for state, _ in states.values()} == {"current"}
     assert "The 8 first by purity" in section.body and "8 clusters drawn at random" in section.body
 
 
