@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import signal
@@ -31,7 +32,8 @@ from selfsup_ray.tracking import Tracker
 from selfsup_ray.training import Record, State, TrainJob, fit, load_state, save_state
 
 if TYPE_CHECKING:
-    from ray.train import ScalingConfig
+    from ray.train import ControllerError, ScalingConfig
+    from ray.train.torch import TorchTrainer
 
 log = logging.getLogger(__name__)
 
@@ -138,32 +140,21 @@ def threads(resources: Resources) -> Iterator[None]:
 
 
 def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
-    """Run `_worker` on every rank; a run of Ray's own is new each time, its folder temporary."""
-    from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from selfsup_ray.cluster.notice import Notice
-    from selfsup_ray.cluster.patience import Patience
+    """Run `_worker` on every rank, again when workers are lost where Ray Train does not go on."""
+    from ray.train import ControllerError
 
     folder, records = temporary_folder(out), channel_for(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run_config = RunConfig(
-        name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
-        storage_path=str(folder),
-        failure_config=FailureConfig(max_failures=-1),  # Patience counts
-        callbacks=[Patience(job.config.max_failures), Notice()],  # type: ignore[list-item]
-        worker_runtime_env={"env_vars": _environment(job)},  # type: ignore[call-arg]
-    )
-    trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # its answer is result.return_value
-        train_loop_config={"job": job, "out": str(out), "records": records},
-        scaling_config=_scaling(job.config.resources),
-        torch_config=TorchConfig(backend=job.config.resources.transport),
-        run_config=run_config,
-    )
     with followed(records, live.take), interruptible():
-        outcome = _outcome(trainer.fit)
+        for failures in itertools.count(1):
+            try:
+                outcome = _outcome(_trainer(job, out, folder, records).fit)
+                break
+            except ControllerError as error:
+                if not _was_lost_at_the_start(error) or failures > job.config.max_failures:
+                    raise
+                log.warning("%s: a worker was lost while it started; starting again", live.label)
     shutil.rmtree(folder, ignore_errors=True)
     if outcome is None:  # Ray Train takes Ctrl-C itself and returns
         raise KeyboardInterrupt
@@ -171,6 +162,40 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
         raise {"ConfigError": ConfigError, "TrainingError": TrainingError}[outcome["error"]](
             outcome["message"]
         )
+
+
+def _trainer(job: TrainJob, out: Path, folder: Path, records: Channel) -> TorchTrainer:
+    """Return a run of Ray's own, which is new each time and whose folder is temporary."""
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from selfsup_ray.cluster.notice import Notice
+    from selfsup_ray.cluster.patience import Patience
+
+    run_config = RunConfig(
+        name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
+        storage_path=str(folder),
+        failure_config=FailureConfig(max_failures=-1),  # Patience counts
+        callbacks=[Patience(job.config.max_failures), Notice()],  # type: ignore[list-item]
+        worker_runtime_env={"env_vars": _environment(job)},  # type: ignore[call-arg]
+    )
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # its answer is result.return_value
+        train_loop_config={"job": job, "out": str(out), "records": records},
+        scaling_config=_scaling(job.config.resources),
+        torch_config=TorchConfig(backend=job.config.resources.transport),
+        run_config=run_config,
+    )
+
+
+def _was_lost_at_the_start(error: ControllerError) -> bool:
+    """Return whether a worker died between its start and that of its loop.
+
+    Ray Train retries the loss of a worker before and after, but takes this one for its own.
+    """
+    from ray.exceptions import RayActorError
+
+    return isinstance(error.controller_failure, RayActorError)
 
 
 def _scaling(resources: TrainResources) -> ScalingConfig:

@@ -97,7 +97,7 @@ def corpus_of_arrays(
     """
     labels = np.full(len(images), -1, np.int64) if labels is None else np.asarray(labels, np.int64)
     content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    config = {"content": content, "shard_size": shard_size, "encoding": encoding}
+    config = {"content": content, "shard_size": shard_size, "encoding": encoding, "fit": "crop"}
     if begin(out, stage="ingest", config=config, inputs={}):
         return Corpus.open(out)
     cuts = range(0, len(images), shard_size)

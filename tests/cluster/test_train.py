@@ -160,6 +160,29 @@ def test_a_killed_worker_changes_no_bit_of_the_result(on_two_workers, tmp_path):
     assert steps == [2, 3, 4, 6, 8, 9, 10]
 
 
+@pytest.mark.slow
+def test_a_worker_lost_while_it_starts_ends_no_training(by_value, alone, tmp_path, monkeypatch):
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError
+    from ray.train.torch import TorchTrainer
+
+    config = dataclasses.replace(CONFIG, resources=Resources(workers=1, cpus=1))
+    fit, lost = TorchTrainer.fit, list[str]()
+
+    def fit_after_a_loss(trainer: TorchTrainer) -> object:
+        """Fail once as Ray Train does when a worker dies between its start and that of its loop."""
+        if not lost:
+            lost.append("once")
+            raise ControllerError(ActorDiedError())
+        return fit(trainer)
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit_after_a_loss)
+    assert_bitwise_equal(run(config, tmp_path / "patient"), alone[0])
+    lost.clear()
+    with pytest.raises(ControllerError):
+        run(dataclasses.replace(config, max_failures=0), tmp_path / "impatient")
+
+
 class Broken(Noise):
     """Images of which one, in the second epoch, cannot be read by this code."""
 

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from selfsup_ray.config import Resources
 from selfsup_ray.data.corpus import Corpus
 from selfsup_ray.data.stream import StreamFeed
+from selfsup_ray.data.synthetic import corpus_of_arrays, shape_images
 from selfsup_ray.data.views import InsDisViews
 from selfsup_ray.errors import ConfigError
 from selfsup_ray.models.backbones import ResNetConfig
@@ -100,3 +101,12 @@ def test_instance_discrimination_takes_one_view_and_remembers_every_image(tmp_pa
     moved = (seen[0] != seen[1]).any(dim=1).sum()
     assert moved == 6  # the one step between them
     assert load_state(tmp_path / "out" / "checkpoint.pt") is None
+
+
+def test_a_corpus_made_of_arrays_is_trained_on_like_one_of_files(tmp_path: Path):
+    images, labels = shape_images(12, size=16)
+    corpus = corpus_of_arrays(tmp_path / "corpus", images, labels, shard_size=5)
+    config = settings(INSDIS, epochs=1)
+    encoder = pretrain(corpus, config, out=tmp_path / "pretext")
+    assert encoder.description.images.fit == "crop"
+    assert encoder.embed(corpus.images(np.arange(12))).shape == (12, encoder.dim)
