@@ -189,9 +189,10 @@ def _trainer(job: TrainJob, out: Path, folder: Path, records: Channel) -> TorchT
 
 
 def _was_lost_at_the_start(error: ControllerError) -> bool:
-    """Return whether a worker died between its start and that of its loop.
+    """Return whether Ray Train's controller itself met a dead actor.
 
-    Ray Train retries the loss of a worker before and after, but takes this one for its own.
+    So it does when a worker dies between its start and that of its loop; it retries by itself the
+    loss of a worker before and after.
     """
     from ray.exceptions import RayActorError
 
