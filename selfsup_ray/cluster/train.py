@@ -33,7 +33,8 @@ from selfsup_ray.training import Record, State, TrainJob, fit, load_state, save_
 
 if TYPE_CHECKING:
     from ray.train import ControllerError, ScalingConfig
-    from ray.train.torch import TorchTrainer
+
+    from selfsup_ray.cluster.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -164,13 +165,14 @@ def _fit_on_ray(job: TrainJob, out: Path, live: Live) -> None:
         )
 
 
-def _trainer(job: TrainJob, out: Path, folder: Path, records: Channel) -> TorchTrainer:
+def _trainer(job: TrainJob, out: Path, folder: Path, records: Channel) -> Trainer:
     """Return a run of Ray's own, which is new each time and whose folder is temporary."""
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     from selfsup_ray.cluster.notice import Notice
     from selfsup_ray.cluster.patience import Patience
+    from selfsup_ray.cluster.process_group import ProcessGroup
+    from selfsup_ray.cluster.trainer import Trainer
 
     run_config = RunConfig(
         name=f"{out.name}-{uuid.uuid4().hex[:12]}",  # a used name would resume that run
@@ -179,11 +181,12 @@ def _trainer(job: TrainJob, out: Path, folder: Path, records: Channel) -> TorchT
         callbacks=[Patience(job.config.max_failures), Notice()],  # type: ignore[list-item]
         worker_runtime_env={"env_vars": _environment(job)},  # type: ignore[call-arg]
     )
-    return TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # its answer is result.return_value
-        train_loop_config={"job": job, "out": str(out), "records": records},
+    # Not as train_loop_config: the controller reads that, and would import torch for the job.
+    body = partial(_worker, {"job": job, "out": str(out), "records": records})
+    return Trainer(
+        body,  # type: ignore[arg-type]  # its answer is result.return_value
         scaling_config=_scaling(job.config.resources),
-        torch_config=TorchConfig(backend=job.config.resources.transport),
+        torch_config=ProcessGroup(job.config.resources.transport),  # type: ignore[arg-type]
         run_config=run_config,
     )
 
@@ -267,10 +270,14 @@ def _worker(task: dict[str, Any]) -> dict[str, str]:
 
 
 def _device(job: TrainJob) -> torch.device:
+    """Return the device that Ray gave to this worker; a GPU becomes the current one."""
+    if job.device == "cpu":
+        return torch.device("cpu")
     from ray.train.torch import get_device
 
-    device = get_device() if job.device == "cuda" else torch.device("cpu")
+    device = get_device()
     assert isinstance(device, torch.device), "a worker has one device"
+    torch.cuda.set_device(device)
     return device
 
 
