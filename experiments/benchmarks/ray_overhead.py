@@ -1,12 +1,13 @@
-"""What Ray adds to each stage: CPU seconds of the same work in one process and through workers.
+"""What Ray adds to each stage: seconds of the same work in one process and through workers.
 
-    python experiments/benchmarks/ray_overhead.py --seconds 60 --rounds 2
-    python experiments/benchmarks/ray_overhead.py --seconds 60 --rounds 2 --workers 2
+    python experiments/benchmarks/ray_overhead.py --seconds 90 --rounds 2
+    python experiments/benchmarks/ray_overhead.py --seconds 90 --rounds 2 --workers 2
 
 Every stage runs four times: small and large, with `workers: 0` and with `--workers` of Ray, in one
 session of Ray that is started before, and that has run the stage before where its workers stay.
 `--seconds` is about what the large run takes of one core. Prints one JSON line per stage:
 
+`added_time`, `added_cpu`: of the large run, Ray / here - 1 (time means something with one worker);
 `per_work`: (Ray large - Ray small) / (here large - here small) - 1, what Ray adds to work;
 `fixed_s`: what is left of the small runs' difference, what Ray costs a stage however small it is;
 `at_a_minute`: per_work + fixed_s / 60, the whole for a stage of one minute on one core.
@@ -16,7 +17,8 @@ itself; `system_s` of them, Ray's own daemons, grow with the time that passes, n
 they are told apart: on a machine that is busy with other things they would be counted many times
 over. Ray starts a worker for every CPU in advance, and each actor takes one, or a new one (1 to 2
 CPU seconds) when these are used up; so they are used up before the first run that counts, or the
-small run would find its worker and the large one pay for its own. Bar: per_work <= 0.10.
+small run would find its worker and the large one pay for its own. Bar: at most 0.10 is added to
+work of a minute or more.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ class Stages:
         from selfsup_ray.config import Resources
         from selfsup_ray.stages.ingest import IngestConfig, ingest
 
-        made, n = self.folder / "photos", self.size(12_000)
+        made, n = self.folder / "photos", self.size(70_000)
         write_jpegs(made / "0", min(n, FILES), side=256)
         files = sorted((made / "0").rglob("*.jpg"))
         for i in range(len(files), n):
@@ -155,7 +157,7 @@ class Stages:
         from selfsup_ray.models.backbones import ResNetConfig
         from selfsup_ray.stages.pretext import PretextConfig, pretrain
 
-        corpus = self._corpus(self.size(6_000, 128))
+        corpus = self._corpus(self.size(14_000, 128))
         config = PretextConfig(
             backbone=ResNetConfig(stem="cifar", width=16), epochs=1, batch_size=64
         )
@@ -170,7 +172,7 @@ class Stages:
         from selfsup_ray.config import Resources
         from selfsup_ray.stages.embed import EmbedConfig, embed
 
-        corpus, encoder = self._corpus(self.size(40_000)), self._encoder()
+        corpus, encoder = self._corpus(self.size(56_000)), self._encoder()
 
         def work(workers: int, out: Path) -> None:
             embed(corpus, encoder, EmbedConfig(resources=Resources(workers=workers)), out=out)
@@ -182,7 +184,7 @@ class Stages:
         from selfsup_ray.config import Resources
         from selfsup_ray.stages.whiten import WhitenConfig, whiten
 
-        corpus, patches = self._corpus(self.size(200_000)), self.size(400_000)
+        corpus, patches = self._corpus(self.size(330_000)), self.size(660_000)
 
         def work(workers: int, out: Path) -> None:
             config = WhitenConfig(patches=patches, resources=Resources(workers=workers))
@@ -195,7 +197,7 @@ class Stages:
         from selfsup_ray.cluster.kmeans import kmeans_sharded
         from selfsup_ray.config import Resources
 
-        rows = self._rows(self.size(500_000, 8192), 75)
+        rows = self._rows(self.size(1_200_000, 8192), 75)
 
         def work(workers: int, out: Path) -> None:
             out.mkdir()
@@ -228,13 +230,13 @@ class Stages:
         """All pairs, by an actor that takes steps; quadratic, so the size goes with the root."""
         from selfsup_ray.cluster.methods import ExactConfig
 
-        return self._graph(max(36_000, int(110_000 * self.share**0.5)), ExactConfig())
+        return self._graph(max(36_000, int(188_000 * self.share**0.5)), ExactConfig())
 
     def graph_cells(self) -> Work:
         """The cell join, four rounds of tasks."""
         from selfsup_ray.stages.cell_graph import CellsConfig
 
-        return self._graph(self.size(500_000, 20_000), CellsConfig())
+        return self._graph(self.size(840_000, 20_000), CellsConfig())
 
     def diffuse(self) -> Work:
         """Labels spread over a graph, by tasks."""
@@ -244,7 +246,7 @@ class Stages:
         from selfsup_ray.stages.diffuse import DiffuseConfig, diffuse
         from selfsup_ray.stages.graph import Graph
 
-        n = self.size(400_000, 20_000)
+        n = self.size(330_000, 20_000)
         if not (self.folder / "graph").exists():
             from selfsup_ray.stages.cell_graph import CellsConfig
 
@@ -253,7 +255,7 @@ class Stages:
         seeds = np.where(np.arange(n) % 50 == 0, labels, -1)
 
         def work(workers: int, out: Path) -> None:
-            config = DiffuseConfig(niter=30, resources=Resources(workers=workers))
+            config = DiffuseConfig(niter=90, resources=Resources(workers=workers))
             diffuse(Graph.open(self.folder / "graph"), seeds, config, out=out)
 
         return work
@@ -265,7 +267,7 @@ class Stages:
         from selfsup_ray.stages.graph import GraphConfig, build_graph
         from selfsup_ray.stages.scan import ScanConfig, scan
 
-        corpus, encoder = self._corpus(self.size(6_000, 128)), self._encoder()
+        corpus, encoder = self._corpus(self.size(9_500, 128)), self._encoder()
         here = Resources(workers=0)
         rows = embed(corpus, encoder, EmbedConfig(resources=here), out=self.folder / "for-scan")
         graph = build_graph(
@@ -313,19 +315,26 @@ def compared(
                 one = measured(work, workers, folder / f"{size}-{workers}-{i}", seconds)
                 runs.setdefault((size, workers), []).append(one)
     cpu = {key: median(run["cpu_s"] for run in some) for key, some in runs.items()}
+    wall = {key: median(run["wall_s"] for run in some) for key, some in runs.items()}
     here = cpu["large", 0] - cpu["small", 0]
     many = given.workers
     per_work = (cpu["large", many] - cpu["small", many]) / here - 1
     fixed = cpu["small", many] - cpu["small", 0] * (1 + per_work)
+
+    def every(what: str) -> dict[str, list[float]]:
+        return {f"{n}, {w}": [round(run[what], 2) for run in some] for (n, w), some in runs.items()}
+
     return {
+        "added_time": round(wall["large", many] / wall["large", 0] - 1, 3),
+        "added_cpu": round(cpu["large", many] / cpu["large", 0] - 1, 3),
         "here_s": round(cpu["large", 0], 2),
         "ray_s": round(cpu["large", many], 2),
         "per_work": round(per_work, 3),
         "fixed_s": round(fixed, 2),
         "at_a_minute": round(per_work + fixed / 60, 3),
         "system_s": round(median(run["system_s"] for run in runs["large", many]), 2),
-        "wall_s": [round(median(r["wall_s"] for r in runs["large", w]), 1) for w in (0, many)],
-        "all_cpu_s": {f"{n}, {w}": [round(r["cpu_s"], 2) for r in s] for (n, w), s in runs.items()},
+        "all_cpu_s": every("cpu_s"),
+        "all_time_s": every("wall_s"),
     }
 
 
