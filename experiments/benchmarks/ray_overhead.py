@@ -119,9 +119,8 @@ class Stages:
             os.link(files[i % len(files)], link)
 
         def work(workers: int, out: Path) -> None:
-            config = IngestConfig(
-                image_size=64, shard_size=512, labels="none", resources=Resources(workers=workers)
-            )
+            resources = Resources(workers=workers)
+            config = IngestConfig(image_size=64, labels="none", resources=resources)
             ingest(made, config, out=out)
 
         return work
@@ -134,7 +133,7 @@ class Stages:
         if not out.exists():
             images, labels = shape_images(min(n, 2000), size=32)
             repeated = [i % len(images) for i in range(n)]
-            corpus_of_arrays(out, images[repeated], labels[repeated], shard_size=512)
+            corpus_of_arrays(out, images[repeated], labels[repeated])
         return Corpus.open(out)
 
     def _encoder(self) -> Any:
@@ -255,7 +254,7 @@ class Stages:
         seeds = np.where(np.arange(n) % 50 == 0, labels, -1)
 
         def work(workers: int, out: Path) -> None:
-            config = DiffuseConfig(niter=90, resources=Resources(workers=workers))
+            config = DiffuseConfig(niter=200, resources=Resources(workers=workers))
             diffuse(Graph.open(self.folder / "graph"), seeds, config, out=out)
 
         return work
