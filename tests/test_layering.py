@@ -83,7 +83,7 @@ COLLECTIVES_IN_OPS = ("selfsup_ray.collectives.Reduce", "selfsup_ray.collectives
 # Where each third-party module may be imported: a folder ends in /.
 OWNERS = {
     "ray": ["cluster/"],
-    "torch.distributed": ["collectives.py", "training.py"],
+    "torch.distributed": ["collectives.py", "training.py", "cluster/process_group.py"],
     "faiss": ["ops/index.py", "ops/approximate.py", "ops/faiss_files.py", "ops/faiss_kmeans.py"],
     "mlflow": ["tracking.py"],
     "matplotlib": ["plots.py", "plots_bars.py", "report.py"],
