@@ -101,11 +101,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a worker needs to train: it travels by pickle, so `build` is a partial of a function."""
+    """What a worker needs to train: it travels by pickle, so functions are partials."""
 
     build: Callable[[], tuple[Objective, Dataset, MakeViews]]
     config: TrainConfig
     device: Literal["cpu", "cuda"] = "cpu"
+    predict: Callable[[Objective], Iterator[Record]] | None = None
+    """By the same ranks, at the end: yields {"done": …, "of": …}, images, equally often on all."""
 
     def built(self) -> tuple[Objective, Dataset, MakeViews]:
         """Return objective, dataset and views with weights drawn from config.seed.

@@ -46,6 +46,24 @@ def test_a_training_that_goes_on_shows_its_own_pace(
         assert 0 < float(rate.removesuffix(" images/s").replace(",", "")) <= 1000
 
 
+def test_predictions_have_a_bar_of_their_own_behind_the_training_s(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    job = TrainJob(lambda: None, TrainConfig(epochs=1, batch_size=100))  # type: ignore[arg-type]
+    with Live(job, Tracker(tmp_path, None), "scan") as live:
+        live.take([{"step": 10, "epoch": 1.0, "loss": 1.0, "lr": 0.1}])
+        time.sleep(0.1)
+        live.take([{"done": 600, "of": 1000}])
+        assert "scan: 1,000 images in 0s" in caplog.messages, "the training has ended"
+        assert caplog.messages[-1] == "scan: predict: 600/1,000 images", "of an earlier run"
+        time.sleep(0.1)
+        live.take([{"done": 610, "of": 1000}, {"done": 620, "of": 1000}])
+        done, rate, *_ = caplog.messages[-1].split(", ")
+        assert done == "scan: predict: 620/1,000 images"
+        assert 0 < float(rate.removesuffix(" images/s").replace(",", "")) <= 200
+    assert caplog.messages[-1].startswith("scan: predict: 620 images in ")
+
+
 def test_rates_and_times_as_people_write_them():
     assert [short(rate) for rate in (0.1234, 12.34, 1234.5)] == ["0.123", "12.3", "1,234"]
     assert [clock(s) for s in (42, 185, 7620, 442800)] == ["42s", "3m 05s", "2h 07m", "5d 03h"]

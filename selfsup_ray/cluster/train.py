@@ -7,6 +7,7 @@ import logging
 import shutil
 import signal
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selfsup_ray.cluster.failures import started_here
 from selfsup_ray.cluster.records import Channel, channel_for, temporary_folder
 from selfsup_ray.cluster.session import connect, require_resources
 from selfsup_ray.cluster.stream import on_ray
@@ -29,7 +31,7 @@ from selfsup_ray.progress import Track, track
 from selfsup_ray.resources import TrainResources
 from selfsup_ray.storage import located
 from selfsup_ray.tracking import Tracker
-from selfsup_ray.training import Record, State, TrainJob, fit, load_state, save_state
+from selfsup_ray.training import Record, State, TrainJob, fit, load_state, on_any_rank, save_state
 
 if TYPE_CHECKING:
     from ray.train import ControllerError, ScalingConfig
@@ -40,6 +42,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Seconds between two looks at the records that the workers have written."""
+
+REPORT_EVERY_S = 10.0
+"""Seconds between two reports of predictions to Ray Train."""
 
 RESIZE_CHECK_S = 30.0
 """Seconds between two looks whether there is room for more workers."""
@@ -80,6 +85,7 @@ class Live:
         self.job, self.tracker, self.label = job, tracker, label
         self.step = 0
         self._bar: Track | None = None
+        self._predictions: Track | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Live:
@@ -93,9 +99,14 @@ class Live:
 
         earlier: a run before this one made the steps, so they are not part of the rate.
         """
-        new = [record for record in records if record["step"] > self.step]
-        if not new:
-            return
+        new = [record for record in records if record.get("step", 0) > self.step]
+        if new:
+            self._trained(new, earlier=earlier)
+        for record in records:
+            if "done" in record:
+                self._predicted(int(record["done"]), of=int(record["of"]))
+
+    def _trained(self, new: list[Record], *, earlier: bool) -> None:
         self.tracker.log(new)
         for record in new:
             if "collapsed" in record:
@@ -113,11 +124,20 @@ class Live:
         self._bar.advance(0 if earlier else images, note)
         self.step = int(last["step"])
 
+    def _predicted(self, done: int, *, of: int) -> None:
+        """Show how many images are predicted; at first those of earlier runs."""
+        if self._predictions is None:
+            self._stack.close()  # the training is at its end
+            bar = track(f"{self.label}: predict", of, "images")
+            self._predictions, self._bar = self._stack.enter_context(bar), None
+            self._predictions.skip(done)
+        self._predictions.advance(done - self._predictions.done)
+
 
 def _fit_here(job: TrainJob, out: Path, state: State | None, live: Live) -> State:
     with threads(job.config.resources):
         objective, dataset, make_views = job.built()
-        return fit(
+        final = fit(
             objective,
             dataset,
             make_views,
@@ -127,6 +147,9 @@ def _fit_here(job: TrainJob, out: Path, state: State | None, live: Live) -> Stat
             on_checkpoint=partial(save_state, out / "checkpoint.pt"),
             on_log=lambda record: live.take([record]),
         )
+        for record in job.predict(objective) if job.predict else ():
+            live.take([record])
+    return final
 
 
 @contextmanager
@@ -218,7 +241,11 @@ def _scaling(resources: TrainResources) -> ScalingConfig:
 
 
 def _environment(job: TrainJob) -> dict[str, str]:
-    return WORKER_ENVIRONMENT if job.device == "cpu" else {}
+    from selfsup_ray.cluster.ahead import IMPORTS_AT_START
+
+    if job.device != "cpu":  # nothing may look for GPUs before Ray has said which are the worker's
+        return {}
+    return WORKER_ENVIRONMENT | (IMPORTS_AT_START if started_here() else {})
 
 
 def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
@@ -241,11 +268,11 @@ def _outcome(run: Callable[[], Any]) -> dict[str, str] | None:
 
 
 def _worker(task: dict[str, Any]) -> dict[str, str]:
-    """Body of one Ray Train worker: build here, continue if restarted, fit."""
+    """Body of one Ray Train worker: build here, continue if restarted, fit, predict."""
     from selfsup_ray.cluster.notice import is_told
 
     job, out = task["job"], located(task["out"])
-    path = out / "checkpoint.pt"
+    path, device = out / "checkpoint.pt", _device(job)
     with threads(job.config.resources):
         objective, dataset, make_views = job.built()
         try:
@@ -254,12 +281,14 @@ def _worker(task: dict[str, Any]) -> dict[str, str]:
                 on_ray(dataset),
                 make_views,
                 job.config,
-                device=_device(job),
+                device=device,
                 state=load_state(path),
                 on_checkpoint=partial(_report, path),
                 on_log=partial(_write_record, task["records"]),
                 is_asked=is_told,
             )
+            if job.predict is not None:
+                _follow(job.predict(objective), task["records"], device)
         except (ConfigError, TrainingError) as error:
             # Raised by every rank alike, and again after a restart: so an answer, not a failure.
             return {"error": type(error).__name__, "message": str(error)}
@@ -294,6 +323,26 @@ def _report(path: Path, state: State) -> None:
         save_state(path, state)
     notice.saved()
     ray.train.report(state["history"][-1])
+
+
+def _follow(predicted: Iterator[Record], records: Channel, device: torch.device) -> None:
+    """Run predictions to their end; every rank calls it.
+
+    A report now and then tells Ray Train's controller that things go on, so that it counts lost
+    workers anew. Not each time: a report waits until the controller has seen the one before.
+    """
+    import ray.train
+
+    from selfsup_ray.cluster import notice
+
+    reported = time.monotonic()
+    for record in predicted:
+        is_due = on_any_rank(time.monotonic() - reported > REPORT_EVERY_S, device)
+        _write_record(records, record)  # all ranks have done their part of it
+        notice.saved()
+        if is_due:
+            ray.train.report(record)
+            reported = time.monotonic()
 
 
 def _write_record(records: Channel, record: Record) -> None:

@@ -1,7 +1,7 @@
-"""Ray Train's TorchTrainer without the helpers that have no work in ours.
+"""Ray Train's TorchTrainer without the helpers that have no work in ours, and sooner at work.
 
-With process_group.py this cuts what a training of one worker takes beside its work from 13 CPU
-seconds and 8 seconds to 7 and 5, on two CPUs (experiments/benchmarks/ray_overhead.py).
+What a training of one worker takes beside its work, with process_group.py and ahead.py and without:
+experiments/benchmarks/ray_overhead.py, docs/operations.md.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train import Result
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
+from selfsup_ray.cluster.ahead import IMPORTS_AT_START, start_ahead
 from selfsup_ray.cluster.failures import started_here
 
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -31,8 +34,24 @@ class Trainer(TorchTrainer):
 
     def fit(self) -> Result:
         """Train; see TorchTrainer."""
-        with _default(WATCHER, "0" if started_here() else None):
+        if not started_here():
             return super().fit()
+        with _default(WATCHER, "0"):
+            environment = self._environment()
+            if IMPORTS_AT_START.items() <= environment.items():
+                start_ahead(self._fewest_workers(), environment)
+            return super().fit()
+
+    def _fewest_workers(self) -> int:
+        asked: Any = self.scaling_config.num_workers
+        return asked if isinstance(asked, int) else min(asked)  # elastic: (fewest, most)
+
+    def _environment(self) -> dict[str, str]:
+        """Return the environment that Ray Train will add to that of the workers' processes."""
+        of_controller = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"}  # which it passes on
+        given: Any = self.run_config.worker_runtime_env  # type: ignore[attr-defined]
+        own: dict[str, str] = (given or {}).get("env_vars", {})
+        return of_controller | get_env_vars_to_propagate() | own
 
     def _create_default_callbacks(self) -> list[Any]:
         idle: tuple[type, ...] = (DatasetsCallback,)
@@ -43,9 +62,9 @@ class Trainer(TorchTrainer):
 
 
 @contextmanager
-def _default(name: str, value: str | None) -> Iterator[None]:
+def _default(name: str, value: str) -> Iterator[None]:
     """Set a variable of the environment inside the block, unless the user has."""
-    if value is None or name in os.environ:
+    if name in os.environ:
         yield
         return
     os.environ[name] = value

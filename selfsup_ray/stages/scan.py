@@ -20,11 +20,12 @@ from selfsup_ray.models.clustering import Scan
 from selfsup_ray.models.encoder import Encoder
 from selfsup_ray.optim import AdamConfig, ConstantSchedule, OptimConfig, ScheduleConfig
 from selfsup_ray.stages.graph import Graph
-from selfsup_ray.stages.trained import image_input, last_record, predict, trained
+from selfsup_ray.stages.trained import clustered, image_input, last_record
 from selfsup_ray.storage import located
 from selfsup_ray.training import TrainConfig
 
 if TYPE_CHECKING:
+    from selfsup_ray.models.objective import Objective
     from selfsup_ray.tracking import Tracker
     from selfsup_ray.training import MakeViews
 
@@ -82,23 +83,16 @@ def scan(
         )
     began = time.perf_counter()
     build = partial(_build, corpus, encoder, graph, config)
-    objective, state = trained(build, config, stage="scan", out=out, tracker=tracker)
-    assert isinstance(objective, Scan)
-    best = objective.best_head()
-    head = objective.heads[best]
-    assert isinstance(head, nn.Linear)
-    clusterer = save_clusterer(
-        out,
-        backbone=objective.backbone,
-        head=head,
-        images=image_input(corpus, config.views),
+    save = partial(_save, corpus, config, out)
+    objective, state = clustered(
+        build, save, corpus, config, stage="scan", out=out, tracker=tracker
     )
-    predict(corpus, clusterer, resources=config.resources)
-    facts = last_record(state) | {"head": best}
+    assert isinstance(objective, Scan)
+    facts = last_record(state) | {"head": objective.best_head()}
     seconds = time.perf_counter() - began
     finish(out, stage="scan", config=config, inputs=inputs, seconds=seconds, facts=facts)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    return clusterer
+    return Clusterer.open(out)
 
 
 def _build(
@@ -114,3 +108,12 @@ def _build(
     )
     pairs = NeighborPairs(corpus, graph.ids, num_neighbors=config.num_neighbors, seed=config.seed)
     return objective, pairs, Views(config.views, image_size=corpus.image_size, seed=config.seed)
+
+
+def _save(corpus: Corpus, config: ScanConfig, out: Path, objective: Objective) -> Clusterer:
+    """Write the backbone and the best head."""
+    assert isinstance(objective, Scan)
+    head = objective.heads[objective.best_head()]
+    assert isinstance(head, nn.Linear)
+    images = image_input(corpus, config.views)
+    return save_clusterer(out, backbone=objective.backbone, head=head, images=images)

@@ -40,11 +40,12 @@ from selfsup_ray.models.sela_config import (
 from selfsup_ray.models.sela_weights import fill_published
 from selfsup_ray.optim import OptimConfig, ScheduleConfig, SGDConfig, StepSchedule
 from selfsup_ray.stages.sela_labels import given_labels, write_labels
-from selfsup_ray.stages.trained import image_input, last_record, predict, trained
+from selfsup_ray.stages.trained import clustered, image_input, last_record, predict_in_actors
 from selfsup_ray.storage import Place, located
 from selfsup_ray.training import TrainConfig
 
 if TYPE_CHECKING:
+    from selfsup_ray.models.objective import Objective
     from selfsup_ray.tracking import Tracker
     from selfsup_ray.training import MakeViews
 
@@ -141,12 +142,7 @@ def sela(
     require_cut(config, together=1, workers=config.resources.workers)
     _require_given(config, len(corpus))
     objective, facts = _learned(corpus, config, out, tracker)
-    best = objective.best_head()
-    head, images = objective.heads[best], image_input(corpus, config.views)
-    assert isinstance(head, nn.Linear)
-    save_encoder(out, backbone=objective.backbone, images=images)
-    clusterer = save_clusterer(out, backbone=objective.backbone, head=head, images=images)
-    predict(corpus, clusterer, resources=config.resources)
+    clusterer, best = Clusterer.open(out), objective.best_head()
     facts |= {"head": best}
     facts |= write_labels(out, corpus, clusterer, objective, head=best)
     seconds = time.perf_counter() - began
@@ -166,13 +162,27 @@ def _require_given(made: SeLaConfig, num_images: int) -> None:
 def _learned(
     corpus: Corpus, made: SeLaConfig, out: Path, tracker: Tracker | None
 ) -> tuple[SeLa, dict[str, Any]]:
-    """Return the objective after training, or with published weights as they are."""
-    build = partial(_build, corpus, made)
+    """Return the objective after training, or with published weights as they are.
+
+    Network and clusters of the corpus are in the folder then.
+    """
+    build, save = partial(_build, corpus, made), partial(_save, corpus, made, out)
     if made.epochs == 0:
-        return build()[0].eval(), {}
-    objective, state = trained(build, made, stage="sela", out=out, tracker=tracker)
+        published = build()[0].eval()
+        predict_in_actors(corpus, save(published), resources=made.resources)
+        return published, {}
+    objective, state = clustered(build, save, corpus, made, stage="sela", out=out, tracker=tracker)
     assert isinstance(objective, SeLa)
     return objective, dict(last_record(state))
+
+
+def _save(corpus: Corpus, made: SeLaConfig, out: Path, objective: Objective) -> Clusterer:
+    """Write the backbone, also as an encoder, and the best head."""
+    assert isinstance(objective, SeLa)
+    head, images = objective.heads[objective.best_head()], image_input(corpus, made.views)
+    assert isinstance(head, nn.Linear)
+    save_encoder(out, backbone=objective.backbone, images=images)
+    return save_clusterer(out, backbone=objective.backbone, head=head, images=images)
 
 
 def _build(corpus: Corpus, made: SeLaConfig) -> tuple[SeLa, Images, MakeViews]:

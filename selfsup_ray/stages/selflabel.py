@@ -18,11 +18,12 @@ from selfsup_ray.data.views import ScanStrongViews, ViewsConfig, WeakStrongViews
 from selfsup_ray.models.clusterer import Clusterer, save_clusterer
 from selfsup_ray.models.clustering import SelfLabel
 from selfsup_ray.optim import AdamConfig, ConstantSchedule, OptimConfig, ScheduleConfig
-from selfsup_ray.stages.trained import image_input, last_record, predict, trained
+from selfsup_ray.stages.trained import clustered, image_input, last_record
 from selfsup_ray.storage import located
 from selfsup_ray.training import TrainConfig
 
 if TYPE_CHECKING:
+    from selfsup_ray.models.objective import Objective
     from selfsup_ray.tracking import Tracker
     from selfsup_ray.training import MakeViews
 
@@ -62,20 +63,13 @@ def self_label(
         return Clusterer.open(out)
     began = time.perf_counter()
     build = partial(_build, corpus, clusterer, config)
-    objective, state = trained(build, config, stage="selflabel", out=out, tracker=tracker)
-    assert isinstance(objective, SelfLabel)
+    save = partial(_save, corpus, config, out)
+    _, state = clustered(build, save, corpus, config, stage="selflabel", out=out, tracker=tracker)
     _warn_of_lost_clusters(last_record(state), clusterer.num_clusters)
-    result = save_clusterer(
-        out,
-        backbone=objective.backbone,
-        head=objective.head,
-        images=image_input(corpus, config.views),
-    )
-    predict(corpus, result, resources=config.resources)
     facts, seconds = last_record(state), time.perf_counter() - began
     finish(out, stage="selflabel", config=config, inputs=inputs, seconds=seconds, facts=facts)
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    return result
+    return Clusterer.open(out)
 
 
 def _build(
@@ -90,6 +84,12 @@ def _build(
     )
     views = WeakStrongViews(config.views, image_size=corpus.image_size, seed=config.seed)
     return objective, Images(corpus), views
+
+
+def _save(corpus: Corpus, config: SelfLabelConfig, out: Path, objective: Objective) -> Clusterer:
+    assert isinstance(objective, SelfLabel)
+    images = image_input(corpus, config.views)
+    return save_clusterer(out, backbone=objective.backbone, head=objective.head, images=images)
 
 
 def _warn_of_lost_clusters(record: dict[str, float], num_clusters: int) -> None:

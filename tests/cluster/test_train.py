@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from torch import Tensor
 
 from selfsup_ray.batches import Batches
+from selfsup_ray.cluster.ahead import IMPORTS_AT_START
 from selfsup_ray.cluster.train import train
+from selfsup_ray.collectives import broadcast, rank, world_size
 from selfsup_ray.config import Resources, to_dict
 from selfsup_ray.config import build as build_config
 from selfsup_ray.models.backbones import ResNetConfig, build_backbone
@@ -124,8 +128,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[State, Path]:
 @pytest.fixture(scope="module")
 def by_value(ray_session: None) -> Iterator[None]:
     """Send this module's classes to workers by value: they cannot import it."""
-    import ray
-
     module = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(module)
     yield
@@ -214,8 +216,6 @@ def test_a_bug_that_comes_back_ends_the_training_after_its_failures(by_value, tm
 
 @pytest.mark.slow
 def test_a_driver_killed_under_ray_goes_on_to_the_same_bits(by_value, alone, tmp_path):
-    import ray
-
     config = dataclasses.replace(CONFIG, resources=Resources(workers=1, cpus=1))
     address = ray.get_runtime_context().gcs_address
     driver = start_driver(tmp_path, config, pause_s=0.3, address=address)
@@ -261,3 +261,75 @@ def main(task: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+PARTS = 7
+
+
+def predict(folder: Path, objective: SimCLR) -> Iterator[dict[str, float]]:
+    """Write PARTS files, each so-many-th on every rank; who has number 3 dies before it, once."""
+    missing = torch.tensor([not (folder / str(part)).exists() for part in range(PARTS)]).int()
+    parts = broadcast(missing).nonzero().flatten().tolist()
+    done = PARTS - len(parts)
+    yield {"done": done, "of": PARTS}
+    for first in range(0, len(parts), world_size()):
+        together = parts[first : first + world_size()]
+        for part in together[rank() : rank() + 1]:
+            if part == 3 and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            (folder / str(part)).write_text(f"{float(next(objective.parameters()).sum()):.9g}")
+        done += len(together)
+        yield {"done": done, "of": PARTS}
+
+
+@pytest.mark.slow
+def test_the_ranks_that_trained_predict_and_go_on_after_one_is_killed(
+    on_two_workers, by_value, tmp_path, caplog
+):
+    caplog.set_level("INFO", logger="selfsup_ray")
+    job = TrainJob(
+        partial(build, None, tmp_path / "none", 0.0),  # type: ignore[arg-type]
+        WITH_TWO,
+        predict=partial(predict, tmp_path),  # type: ignore[arg-type]
+    )
+    state = train(job, out=tmp_path, tracker=Tracker(tmp_path, None), label="clusters")
+    assert (tmp_path / "killed").exists()
+    assert_bitwise_equal(state, on_two_workers[0])
+    trained = float(next(iter(state["objective"].values())).sum())
+    assert [float((tmp_path / str(part)).read_text()) for part in range(PARTS)] == pytest.approx(
+        [trained] * PARTS, rel=1e-6
+    )
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("clusters: 160 images in ") for line in said), "of the training"
+    assert any(line.startswith(f"clusters: predict: {PARTS} images in ") for line in said)
+
+
+def note_process(folder: Path, objective: SimCLR) -> Iterator[dict[str, float]]:
+    (folder / f"rank {rank()}").write_text(str(os.getpid()))
+    yield {"done": 0, "of": 0}
+
+
+@pytest.mark.slow
+def test_the_processes_started_ahead_are_those_that_train(by_value, tmp_path):
+    import psutil  # comes with ray, once that is imported
+
+    def with_imports() -> set[int]:
+        """Return Ray's processes that import what a training needs when they start."""
+        raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
+        found = set[int]()
+        for child in psutil.Process(raylet).children():
+            with suppress(psutil.Error):  # it ended just now
+                if IMPORTS_AT_START.items() <= child.environ().items():
+                    found.add(child.pid)
+        return found
+
+    before = with_imports()
+    job = TrainJob(
+        partial(build, None, tmp_path / "none", 0.0),  # type: ignore[arg-type]
+        WITH_TWO,
+        predict=partial(note_process, tmp_path),  # type: ignore[arg-type]
+    )
+    train(job, out=tmp_path, tracker=Tracker(tmp_path, None))
+    ranks = {int((tmp_path / f"rank {k}").read_text()) for k in range(2)}
+    assert with_imports() - ranks <= before, "nobody asked for these"
