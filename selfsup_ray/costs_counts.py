@@ -62,14 +62,13 @@ def counts(e: Experiment, stage: str, n: int | None) -> Counts | None:
         case "pretext":
             return _pretext(e, n)
         case "sela" | "scan" | "selflabel":
-            return _trained(e, stage, n, shards)
+            return _trained(e, stage, n)
         case "whiten":
             return _whiten(e, shards)
         case "patches":
             return _kmeans(e)
         case "embed":
-            actors = min(workers, shards)
-            return Counts(tasks=shards, actors=actors, at_once=actors)
+            return _pool(workers, shards)
         case "reduce":
             assert e.reduce is not None
             fit = ceil(min(e.reduce.sample, n) / SAMPLE_BLOCK) if not e.reduce.transform else 0
@@ -104,22 +103,29 @@ def _pretext(e: Experiment, n: int) -> Counts:
     )
 
 
-def _trained(e: Experiment, stage: str, n: int, shards: int) -> Counts:
-    """Return the counts of a clustering network: training by gradients, then every image once."""
+def _trained(e: Experiment, stage: str, n: int) -> Counts:
+    """Return the counts of a clustering network: its workers train by gradients, then predict."""
     assert e.ingest is not None
     made = getattr(e, stage)
     workers = made.resources.workers
+    if made.epochs == 0:  # published weights
+        return _pool(workers, ceil(n / e.ingest.shard_size)) if workers else Counts()
     steps, checkpoints = _steps(made, n)
     parameters = network(backbone_of(e), made.views.size or e.ingest.image_size).parameters
     frozen = stage == "scan" and made.freeze_backbone
     return Counts(
-        tasks=shards if workers else 0,
-        actors=workers + min(workers, shards),
+        actors=workers,
         at_once=max(workers, 1),
         sent_bytes=0 if frozen else steps * 2 * (max(workers, 1) - 1) * parameters * FLOAT,
         checkpoints=checkpoints,
         checkpoint_bytes=parameters * FLOAT * (1 if frozen else 3),
     )
+
+
+def _pool(workers: int, shards: int) -> Counts:
+    """Return the counts of a pool of actors with a network, each image once."""
+    actors = min(workers, shards)
+    return Counts(tasks=shards, actors=actors, at_once=actors)
 
 
 def _whiten(e: Experiment, shards: int) -> Counts:
