@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train import Result
 from ray.train.torch import TorchTrainer
@@ -37,8 +38,9 @@ class Trainer(TorchTrainer):
         if not started_here():
             return super().fit()
         with _default(WATCHER, "0"):
-            environment = self._environment()
-            if IMPORTS_AT_START.items() <= environment.items():
+            environment, of_job = self._environment(), ray.get_runtime_context().runtime_env
+            # Ray would mix one that the user gave to ray.init into the workers' own.
+            if IMPORTS_AT_START.items() <= environment.items() and not of_job:
                 start_ahead(self._fewest_workers(), environment)
             return super().fit()
 

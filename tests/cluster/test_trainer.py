@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from selfsup_ray.cluster import trainer as module
+from selfsup_ray.cluster.ahead import IMPORTS_AT_START
 
 CONTROLLER = """
 import pickle, sys
@@ -38,13 +42,43 @@ def test_helpers_without_work_are_left_out(is_own: bool, monkeypatch: pytest.Mon
     assert {"BackendSetupCallback", "AcceleratorSetupCallback"} <= names
 
 
+@pytest.mark.parametrize(
+    ("environment", "of_job", "workers", "started"),
+    [
+        (IMPORTS_AT_START, {}, 2, [2]),
+        (IMPORTS_AT_START, {}, (1, 3), [1]),  # elastic: as many as there are for certain
+        ({}, {}, 2, []),  # on GPUs
+        (IMPORTS_AT_START, {"env_vars": {"MINE": "1"}}, 2, []),
+    ],
+)
+def test_processes_are_started_ahead_where_they_will_fit(
+    environment: dict[str, str],
+    of_job: dict[str, Any],
+    workers: Any,
+    started: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[int]()
+    context = SimpleNamespace(runtime_env=of_job)
+    monkeypatch.setattr(module, "started_here", lambda: True)
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(module, "start_ahead", lambda count, _: asked.append(count))
+    monkeypatch.setattr(TorchTrainer, "fit", lambda trainer: None)
+    run = RunConfig(worker_runtime_env={"env_vars": environment})
+    scaling = ScalingConfig(num_workers=workers)
+    module.Trainer(print, run_config=run, scaling_config=scaling).fit()
+    assert asked == started
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 @pytest.mark.parametrize("given", [None, "1"])
 def test_only_nodes_of_others_are_watched(
     is_own: bool, given: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[str | None]()
+    context = SimpleNamespace(runtime_env={})
     monkeypatch.setattr(module, "started_here", lambda: is_own)
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: context)
     monkeypatch.delenv(module.WATCHER, raising=False)
     if given is not None:
         monkeypatch.setenv(module.WATCHER, given)
