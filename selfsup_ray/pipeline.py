@@ -19,7 +19,7 @@ from selfsup_ray.planning import UP_TO, plan_experiment, require_room
 from selfsup_ray.report import write_report
 from selfsup_ray.run_lock import alone
 from selfsup_ray.steps import require_packages, run_stage
-from selfsup_ray.tracking import UNSENT, Store, Tracker, open_run
+from selfsup_ray.tracking import Store, Tracker, is_recorded, open_run
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def run_experiment(
         if step.state == "current":
             log.info("%s: %s is current", step.stage, experiment.folder(step.stage))
     with alone(experiment.out):
-        if made.to_run or _unsent(experiment):
+        if made.to_run or not is_recorded(experiment.out) or _unrecorded(experiment):
             _run_stages(made.to_run, experiment, address)
         else:
             write_report(experiment.out)
@@ -118,7 +118,7 @@ def _run_stages(stages: Sequence[str], experiment: Experiment, address: str | No
         open_run(out, tracking, name=out.name, params=experiment) as parent,
     ):
         write_text(out / "experiment.yaml", text)
-        for stage in set(_unsent(experiment)) - set(stages):
+        for stage in set(_unrecorded(experiment)) - set(stages):
             _open_stage(stage, experiment, parent).finish()  # opening it sent the numbers
         for i, stage in enumerate(stages, start=1):
             log.info("%s: stage %d of the %d to run", stage, i, len(stages))
@@ -160,14 +160,17 @@ def _open_stage(stage: str, experiment: Experiment, parent: Tracker) -> Tracker:
 
 def _catch_up(experiment: Experiment, parent: Tracker) -> None:
     """Send what an MLflow lacks that was away while a stage ended, if it is back."""
-    for stage in _unsent(experiment):
+    for stage in _unrecorded(experiment):
         _open_stage(stage, experiment, parent).finish()
-        if stage in _unsent(experiment):  # still away: not a wait for every stage
+        if stage in _unrecorded(experiment):  # still away: not a wait for every stage
             return
 
 
-def _unsent(experiment: Experiment) -> tuple[str, ...]:
-    """Return the finished stages whose numbers an MLflow that was away still lacks."""
+def _unrecorded(experiment: Experiment) -> tuple[str, ...]:
+    """Return the finished stages that MLflow lacks in part or believes to be still at work."""
     folders = {stage: experiment.folder(stage) for stage in experiment.stages}
-    needed = (UNSENT, "done.json")
-    return tuple(s for s, at in folders.items() if all((at / name).exists() for name in needed))
+    return tuple(
+        stage
+        for stage, folder in folders.items()
+        if (folder / "done.json").exists() and not is_recorded(folder)
+    )

@@ -193,15 +193,15 @@ class MLflowRun:
         self.artifacts = [path for path in map(located, left) if path.exists()]
         self._there = set[tuple[str, int]]()
         self._opened: Opened | None = None
-        self._top: MLflowRun = (
-            self if parent is None else parent._top
-        )  # knows whether the server answers
+        # The top one knows whether the server answers.
+        self._top: MLflowRun = self if parent is None else parent._top
         self._retry_at = 0.0
         self._warned = self._behind = False
 
     def sync(self, everything: Sequence[Value]) -> None:
         """Send the values that MLflow does not have; opens or continues the run first."""
-        self._try(lambda: self._sync(everything))
+        self._try(lambda: self._push(everything))
+        self._try(self._upload)
 
     def send(self, fresh: Sequence[Value], *, everything: Sequence[Value]) -> None:
         """Send new values, or all that are missing when earlier ones could not be sent."""
@@ -246,10 +246,6 @@ class MLflowRun:
                     self._top.ids.with_name("metrics.jsonl"),
                 )
 
-    def _sync(self, everything: Sequence[Value]) -> None:
-        self._push(everything)
-        self._upload()
-
     def _push(self, values: Sequence[Value]) -> None:
         from mlflow.entities import Metric
 
@@ -272,6 +268,7 @@ class MLflowRun:
     def _close(self, status: Status) -> None:
         client, run_id = self.open()
         client.set_terminated(run_id, status)
+        write_json(self.ids, {**read_json(self.ids), "status": status})
 
     def open(self) -> Opened:
         """Return client and run id; the first call continues or creates the run.
@@ -330,6 +327,13 @@ class MLflowRun:
             client.log_batch(run_id, params=new[i : i + MAX_PARAMS])
 
 
+def is_recorded(folder: Path) -> bool:
+    """Return whether the MLflow run of a run folder is FINISHED and has all that is its."""
+    ids = folder / "mlflow.json"
+    ended = read_json(ids).get("status") if ids.exists() else None
+    return ended == "FINISHED" and not (folder / UNSENT).exists()
+
+
 def connect(uri: str) -> MlflowClient:
     """Return a quiet MLflow client that gives up on a dead server within seconds."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # we try again ourselves
@@ -370,13 +374,10 @@ def clean(key: str) -> str:
 
 def values_of(record: Mapping[str, Any]) -> list[Value]:
     """Return the finite numbers of one record."""
-    numbers = {
-        key: float(item)
-        for key, item in record.items()
-        if key not in ("step", "time") and isinstance(item, int | float)
-    }
     step, when = int(record.get("step", 0)), float(record.get("time", 0.0))
-    return [Value(clean(k), step, v, when) for k, v in numbers.items() if math.isfinite(v)]
+    numbers = [(k, float(v)) for k, v in record.items() if isinstance(v, int | float)]
+    finite = [(k, v) for k, v in numbers if math.isfinite(v) and k not in ("step", "time")]
+    return [Value(clean(key), step, value, when) for key, value in finite]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

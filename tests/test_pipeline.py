@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from selfsup_ray import cli
 from selfsup_ray.artifacts import read_claim, read_done
@@ -33,6 +34,7 @@ from selfsup_ray.stages.graph import Graph
 from selfsup_ray.stages.probe import Probe
 from selfsup_ray.stages.reduce import Reduced
 from selfsup_ray.steps import open_artifact
+from selfsup_ray.tracking import Status, Tracker
 
 HERE = {"workers": 0}
 SMALL = {"epochs": 1, "batch_size": 16, "precision": "float32", "resources": HERE}
@@ -100,6 +102,36 @@ def test_running_again_changes_nothing_but_the_report(finished: tuple[Path, Resu
     assert run(folder / "tiny.yaml") == result
     after = times(folder / "runs")
     assert {path for path in after if after[path] != before.get(path)} == {result.report}
+
+
+@pytest.mark.parametrize("left", [".", "export"], ids=["run", "stage"])
+def test_a_run_cut_off_after_its_work_is_closed_in_mlflow_by_the_next_command(
+    finished: tuple[Path, Result], tmp_path: Path, left: str, monkeypatch: pytest.MonkeyPatch
+):
+    made = copied(finished, tmp_path)
+    shutil.rmtree(made.out / "export")
+    finish = Tracker.finish
+
+    def cut_off(tracker: Tracker, status: Status = "FINISHED") -> None:
+        if tracker.folder == made.out / left:
+            raise KeyboardInterrupt  # as a kill would: MLflow is told nothing
+        finish(tracker, status)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Tracker, "finish", cut_off)
+        run_experiment(made)
+    before = mlflow_states(made)
+    assert before[made.out / left] == "RUNNING"
+    assert plan_experiment(made).to_run == ()
+    run_experiment(made)
+    assert mlflow_states(made) == dict.fromkeys(before, "FINISHED")
+
+
+def mlflow_states(made: Experiment) -> dict[Path, str]:
+    """Return the state of the MLflow run of the experiment and of each of its stages."""
+    client = MlflowClient(f"sqlite:///{made.out.parent / 'mlflow.db'}")
+    ids = {file.parent: json.loads(file.read_text()) for file in made.out.rglob("mlflow.json")}
+    return {folder: client.get_run(i["run_id"]).info.status for folder, i in ids.items()}
 
 
 def test_a_finished_run_is_planned_as_current(finished: tuple[Path, Result]):
