@@ -16,6 +16,7 @@ from selfsup_ray.artifacts import FULL, full_disk
 from selfsup_ray.cli_files import Commands, add_file_commands, location
 from selfsup_ray.config import parse_assignment
 from selfsup_ray.errors import STORAGE, ConfigError, UserError, failed_storage
+from selfsup_ray.last_word import spoken
 from selfsup_ray.stages import STAGES
 
 
@@ -232,12 +233,9 @@ class _Goodbye:
         if not self.said:
             self.said = True
             os.write(2, self.LINE)
+            spoken()
 
     def stop(self, signum: int, frame: FrameType | None) -> NoReturn:
         """Handle SIGTERM."""
         self.say()
         raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -17,6 +17,7 @@ from selfsup_ray import cli
 from selfsup_ray.config import build
 from selfsup_ray.data.synthetic import write_shapes
 from selfsup_ray.experiment import Experiment
+from selfsup_ray.last_word import SENTENCE
 from selfsup_ray.pipeline import run_experiment
 
 HERE = {"workers": 0}
@@ -165,7 +166,8 @@ def test_a_run_stopped_by_ctrl_c_and_by_kill_9_ends_with_the_weights_of_one_neve
     killed = start(experiment)
     wait_for_step(killed, log, 15)
     killed.kill()
-    killed.communicate()
+    _, errors = killed.communicate()
+    assert errors.count(SENTENCE) == 1
     assert not (folder / "stopped/pretext/done.json").exists()
 
     finished = start(experiment)

@@ -12,8 +12,8 @@ byte by byte, see `comparable`, and the MLflow runs by name and state.
 
 Prints one JSON line: kills by kind, what was hit, starts and runs it took, `identical` or the names
 of the files that differ, the sentences that were said, `untold` ends (neither success, nor death of
-the driver, nor one sentence and exit code 2), wall and CPU seconds. A kill is survived when the run
-it hit comes to its end with the same files. Bar: 20 of 20.
+the driver, nor one sentence and exit code 2, or 1 when Ray's C++ ended the program), wall and CPU
+seconds. A kill is survived when the run it hit comes to its end with the same files. Bar: 20 of 20.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from ray._private.services import psutil  # Ray's own copy
 from selfsup_ray.data.synthetic import write_shapes
 
 KINDS = ("driver", "worker", "actor", "raylet", "gcs", "all")
+SPOKEN_S = 0.5
+"""Until what waits beside a program has said that it was ended."""
 LIMIT_S = 600.0
 """Longest that one start of the command may take; longer counts as hanging."""
 TIMES = ("time", "seconds", "images_per_s", "data_wait_share", "rows_per_s", "links_per_s")
@@ -220,10 +222,11 @@ def settle(run: Run, struck: list[str], tally: Tally) -> bool:
     """
     code = run.code
     assert code is not None
+    time.sleep(SPOKEN_S)
     sentences = run.sentences()
     tally.said.update(sentences)
     by_signal = bool({"driver", "all"} & set(struck))
-    told = code == 0 or (code == 2 and len(sentences) == 1) or (code < 0 and by_signal)
+    told = code == 0 or (code in (1, 2) and len(sentences) == 1) or (code < 0 and by_signal)
     say(f"exit {code} after {struck}: {sentences}")
     if not told:
         tally.untold.append(f"exit {code} after {struck}: " + " | ".join(run.last()[-8:]))
@@ -299,7 +302,7 @@ def recover(
     """Run once undisturbed, then under `kills` kills; return what happened and what differs.
 
     training_workers: of Ray Train, for pretext; 0 trains in the driver. settled: strike when Ray is
-    up only, which else may end a program from C++ without a word while it starts.
+    up only.
     """
     began, rng = time.monotonic(), random.Random(seed)
     path = experiment(folder, training_workers=training_workers)

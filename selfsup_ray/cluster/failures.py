@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from selfsup_ray.errors import ClusterError, UserError
+from selfsup_ray.last_word import spoken
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Watch:
         signal.pthread_kill(self._main, signal.SIGUSR2)
         if not self._left.wait(LEAVE_S):  # Ray would end the program itself, without a word
             log.error("%s", self.sentence)
-            os._exit(EXIT_CODE)
+            _leave()
 
     def is_lost(self) -> bool:
         """Return whether something is lost, now that a Ray call has failed."""
@@ -216,7 +217,7 @@ def _see_it_start(done: threading.Event) -> None:
         for name in seen - living:
             if not done.is_set():
                 log.error("Ray was lost while it started: its %s ended. %s", name, AGAIN)
-                os._exit(EXIT_CODE)
+                _leave()
 
 
 def _living_children() -> set[str]:
@@ -247,10 +248,11 @@ def abandon() -> None:
 
     if started_here() and worker._global_node is not None:
         worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
-    atexit.register(_end)  # before all that was registered earlier, by Ray too
+    atexit.register(_leave)  # before all that was registered earlier, by Ray too
 
 
-def _end() -> None:
+def _leave() -> NoReturn:
+    spoken()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_CODE)

@@ -15,6 +15,7 @@ from ray import exceptions
 
 from selfsup_ray.cluster.failures import Watch, explained
 from selfsup_ray.errors import ArtifactError, ClusterError
+from selfsup_ray.last_word import SENTENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +72,28 @@ def test_a_whole_run_that_loses_raylet_and_gcs_ends_with_the_same_files(tmp_path
     assert made["identical"] is True, made
     assert made["untold"] == [], made
     assert made["starts"] > made["runs"], "it stopped and went on"
+
+
+LOSES_ITS_RAYLET = """
+import os, signal
+from selfsup_ray.last_word import last_word
+with last_word():
+    import ray
+    from selfsup_ray.cluster.session import connect
+    connect("local", num_cpus=1)
+    node = ray._private.worker._global_node
+    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    ray.put(bytes(10**7))
+    print("Ray goes on")
+"""
+
+
+def test_a_program_that_ray_ends_in_the_midst_of_a_call_is_spoken_for():
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_ITS_RAYLET], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1 and "Ray goes on" not in done.stdout
+    assert done.stderr.count(SENTENCE) == 1 and "Traceback" not in done.stderr
 
 
 def test_what_ray_gives_up_is_one_sentence_and_a_bug_stays_a_bug():
