@@ -8,6 +8,7 @@ from typing import Any
 
 from selfsup_ray.config import NonNegative, config, override
 from selfsup_ray.errors import ConfigError
+from selfsup_ray.mlflow_store import TrackingConfig
 from selfsup_ray.models.patch_backbone import PIXEL_MEAN, PIXEL_STD
 from selfsup_ray.models.pretext import check_method
 from selfsup_ray.stages import STAGES
@@ -32,7 +33,6 @@ from selfsup_ray.stages.selflabel import SelfLabelConfig
 from selfsup_ray.stages.voc07 import Voc07Config
 from selfsup_ray.stages.whiten import WhitenConfig
 from selfsup_ray.storage import Place
-from selfsup_ray.tracking import TrackingConfig
 
 ENCODERS = ("pretext", "sela", "patches")
 """Stages that make the encoder which later stages read; an experiment has one of them."""

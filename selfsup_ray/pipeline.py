@@ -15,11 +15,12 @@ from selfsup_ray.artifacts import read_json, write_text
 from selfsup_ray.config import load, to_dict
 from selfsup_ray.credentials import masked
 from selfsup_ray.experiment import Experiment, seeded
+from selfsup_ray.mlflow_store import Store
 from selfsup_ray.planning import UP_TO, plan_experiment, require_room
 from selfsup_ray.report import write_report
 from selfsup_ray.run_lock import alone
 from selfsup_ray.steps import require_packages, run_stage
-from selfsup_ray.tracking import Store, Tracker, is_recorded, open_run
+from selfsup_ray.tracking import Tracker, is_recorded, open_run
 
 log = logging.getLogger(__name__)
 

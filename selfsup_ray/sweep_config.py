@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from selfsup_ray.cluster.tune import Dimension
 from selfsup_ray.config import NonNegative, NonNegativeFloat, Positive, PositiveFloat, config
+from selfsup_ray.mlflow_store import TrackingConfig
 from selfsup_ray.report_sweep import Published
 from selfsup_ray.storage import Place
-from selfsup_ray.tracking import TrackingConfig
 
 
 @config

@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from selfsup_ray.artifacts import read_json, write_json
-from selfsup_ray.config import config, flatten, to_dict
-from selfsup_ray.credentials import masked, require_no_credentials
+from selfsup_ray.config import flatten, to_dict
+from selfsup_ray.credentials import masked
 from selfsup_ray.interrupts import interrupts_held
-from selfsup_ray.storage import AppendedFile, StoredPath, local_beside, located
+from selfsup_ray.mlflow_store import Store, TrackingConfig, connect, experiment_id
+from selfsup_ray.storage import AppendedFile, StoredPath, located
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,16 +33,6 @@ UNSENT = "mlflow-unsent.json"
 RETRY_AFTER_S = 300.0
 """Seconds until an unreachable MLflow is tried again."""
 MAX_METRICS, MAX_PARAMS, MAX_KEY, MAX_PARAM = 1000, 100, 250, 6000  # MLflow's limits of one call
-
-
-@config
-class TrackingConfig:
-    """Where runs are recorded besides the run folder."""
-
-    uri: str | None = None
-    """MLflow tracking URI. None: $MLFLOW_TRACKING_URI, else mlflow.db beside the run folder."""
-    experiment: str = "selfsup_ray"
-    """MLflow experiment that the runs belong to."""
 
 
 class Value(NamedTuple):
@@ -140,27 +131,6 @@ def open_run(
     store = above.store if above else Store.beside(folder, tracking)
     remote = MLflowRun(folder, store, name=name, params=flat_params(params), parent=above)
     return Tracker(folder, remote)
-
-
-class Store(NamedTuple):
-    """An MLflow tracking store and the experiment in it."""
-
-    uri: str
-    artifacts: str | None
-    experiment: str
-    given: str | None
-    """The URI that was asked for; None stands for the store beside the run folder."""
-
-    @classmethod
-    def beside(cls, folder: Path, tracking: TrackingConfig) -> Store:
-        """Return the configured store, or the sqlite file next to the run folder."""
-        require_no_credentials(tracking.uri, key="tracking.uri")
-        given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-        if given:
-            return cls(given, None, tracking.experiment, given)
-        place = local_beside(folder.resolve().parent)  # sqlite: on this machine's disk
-        artifacts = (place / "mlartifacts").as_uri()
-        return cls(f"sqlite:///{place / 'mlflow.db'}", artifacts, tracking.experiment, None)
 
 
 class Opened(NamedTuple):
@@ -332,33 +302,6 @@ def is_recorded(folder: Path) -> bool:
     ids = folder / "mlflow.json"
     ended = read_json(ids).get("status") if ids.exists() else None
     return ended == "FINISHED" and not (folder / UNSENT).exists()
-
-
-def connect(uri: str) -> MlflowClient:
-    """Return a quiet MLflow client that gives up on a dead server within seconds."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # we try again ourselves
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    from mlflow import MlflowClient  # sets its loggers up, so their level comes after it
-
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
-
-
-def experiment_id(client: MlflowClient, store: Store) -> str:
-    """Return the id of the store's experiment, which is made if need be."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(store.experiment)
-    if found is not None:
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(store.experiment, artifact_location=store.artifacts))
-    except MlflowException:  # another trial made it in between
-        found = client.get_experiment_by_name(store.experiment)
-        if found is None:
-            raise
-        return str(found.experiment_id)
 
 
 def flat_params(params: Any) -> dict[str, str]:

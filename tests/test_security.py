@@ -31,12 +31,13 @@ from selfsup_ray.data.shard_files import shard_path
 from selfsup_ray.data.synthetic import write_shapes
 from selfsup_ray.errors import ConfigError, UserError
 from selfsup_ray.experiment import Experiment
+from selfsup_ray.mlflow_store import TrackingConfig
 from selfsup_ray.models.backbones import ResNetConfig
 from selfsup_ray.models.weights import load_foreign, read_weights
 from selfsup_ray.pipeline import run
 from selfsup_ray.stages.imported import ImportFeaturesConfig, import_features
 from selfsup_ray.stages.ingest import IngestConfig, ingest
-from selfsup_ray.tracking import TrackingConfig, open_run
+from selfsup_ray.tracking import open_run
 from selfsup_ray.training import load_state
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,8 @@ from mlflow import MlflowClient
 from selfsup_ray import tracking
 from selfsup_ray.config import config
 from selfsup_ray.interrupts import interrupts_held
-from selfsup_ray.tracking import Tracker, TrackingConfig, open_run, read_records
+from selfsup_ray.mlflow_store import TrackingConfig, make_database
+from selfsup_ray.tracking import Tracker, open_run, read_records
 
 STORE = TrackingConfig()
 
@@ -182,6 +187,40 @@ def test_a_store_that_was_deleted_is_filled_again_from_the_run_folder(folder, tm
     again = open_run(folder, other, name="x")
     again.log(records(3))
     assert in_mlflow(again, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_a_kill_while_mlflow_makes_its_database_leaves_none(folder, tmp_path):
+    place = tmp_path / "runs" / "mlflow.db"
+    program = (
+        f"from selfsup_ray.mlflow_store import make_database; make_database('sqlite:///{place}')"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path / "elsewhere")}
+    )
+    while not any(p.stat().st_size for p in tmp_path.glob("elsewhere/*/mlflow.db")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not place.exists()
+    tracker = open_run(folder, TrackingConfig(uri=f"sqlite:///{place}"), name="x")
+    tracker.log(records(1))
+    assert in_mlflow(tracker, "loss") == [(1, 0.1)]
+
+
+def test_of_two_processes_that_make_the_database_one_does_and_nothing_is_left_over(tmp_path):
+    place = tmp_path / "mlflow.db"
+    makers = [threading.Thread(target=make_database, args=(f"sqlite:///{place}",)) for _ in "ab"]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    made = place.stat()
+    make_database(f"sqlite:///{place}")
+    assert place.stat() == made
+    assert MlflowClient(f"sqlite:///{place}").search_experiments()
 
 
 def test_an_unreachable_mlflow_warns_once_and_is_caught_up_with_later(folder, caplog):

@@ -1,19 +1,20 @@
 """A whole pipeline killed again and again at random moments, against one that nobody disturbs.
 
-    python experiments/benchmarks/recovery.py --kills 20 --seed 0
+    python experiments/benchmarks/recovery.py --kills 21 --seed 0
 
 The experiment is small (240 generated images) and goes through ingest (Ray Data tasks), pretext
 (Ray Train), embed (Ray Data actors), graph (index actors), scan, selflabel, diffuse (Ray tasks),
 probe, evaluate, export and the report. It runs once undisturbed; then again while victims drawn by
-the seed get a SIGKILL at random moments: the driver, a Ray worker process, an actor, the raylet,
-the GCS, or every process of the run at once. A run that stopped gets the same command again; when
+the seed get a SIGKILL at random moments: the driver, a worker in the midst of a task, an actor of
+the work (Ray Train's and Ray Data's are some), an agent of the node, the raylet, the GCS, or every
+process of the run at once. A run that stopped gets the same command again; when
 it is finished before the last kill, another begins from nothing. Then the run folders are compared
 byte by byte, see `comparable`, and the MLflow runs by name and state.
 
 Prints one JSON line: kills by kind, what was hit, starts and runs it took, `identical` or the names
 of the files that differ, the sentences that were said, `untold` ends (neither success, nor death of
 the driver, nor one sentence and exit code 2, or 1 when Ray's C++ ended the program), wall and CPU
-seconds. A kill is survived when the run it hit comes to its end with the same files. Bar: 20 of 20.
+seconds. A kill is survived when the run it hit comes to its end with the same files. Bar: all of 20 or more.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ from ray._private.services import psutil  # Ray's own copy
 
 from selfsup_ray.data.synthetic import write_shapes
 
-KINDS = ("driver", "worker", "actor", "raylet", "gcs", "all")
+KINDS = ("driver", "worker", "actor", "agent", "raylet", "gcs", "all")
+TITLES = {
+    "agent": re.compile(r"ray::\w+Agent"),
+    "worker": re.compile(r"ray::([a-z]|Read)"),  # ReadRange: a task of Ray Data
+    "actor": re.compile(r"ray::(?!IDLE)[A-Z]"),
+}
+"""What Ray calls its processes; those that wait for work or serve Ray alone are none of these."""
 SPOKEN_S = 0.5
 """Until what waits beside a program has said that it was ended."""
 LIMIT_S = 600.0
@@ -149,8 +156,7 @@ def role(process: psutil.Process) -> tuple[str, str]:
         if name in ("raylet", "gcs_server"):
             return {"raylet": "raylet", "gcs_server": "gcs"}[name], name
         if title.startswith("ray::"):
-            is_actor = re.match(r"ray::(?!IDLE|Read)[A-Z]\w+", title)
-            return "actor" if is_actor else "worker", title
+            return next((kind for kind, names in TITLES.items() if names.match(title)), ""), title
     return "", ""
 
 
@@ -344,7 +350,7 @@ def recover(
 def main() -> None:
     """Print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=21)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gap", type=float, default=40, help="most seconds between two kills")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

@@ -26,11 +26,12 @@ from selfsup_ray.cluster.train import train
 from selfsup_ray.collectives import broadcast, rank, world_size
 from selfsup_ray.config import Resources, to_dict
 from selfsup_ray.config import build as build_config
+from selfsup_ray.mlflow_store import TrackingConfig
 from selfsup_ray.models.backbones import ResNetConfig, build_backbone
 from selfsup_ray.models.pretext import SimCLR, SimCLRConfig
 from selfsup_ray.ops.rng import uniforms
 from selfsup_ray.optim import SGDConfig
-from selfsup_ray.tracking import Tracker, TrackingConfig, open_run, read_records
+from selfsup_ray.tracking import Tracker, open_run, read_records
 from selfsup_ray.training import State, TrainConfig, TrainJob, load_state
 
 CONFIG = TrainConfig(
