@@ -14,7 +14,8 @@ byte by byte, see `comparable`, and the MLflow runs by name and state.
 Prints one JSON line: kills by kind, what was hit, starts and runs it took, `identical` or the names
 of the files that differ, the sentences that were said, `untold` ends (neither success, nor death of
 the driver, nor one sentence and exit code 2, or 1 when Ray's C++ ended the program), wall and CPU
-seconds. A kill is survived when the run it hit comes to its end with the same files. Bar: all of 20 or more.
+seconds. A kill is survived when the run it hit comes to its end with the same files. Bar: all of 20
+or more.
 """
 
 from __future__ import annotations
